@@ -1,0 +1,88 @@
+"""Where this deployment keeps its state and listens: read from the environment, in one place.
+
+| variable | default | meaning |
+| --- | --- | --- |
+| `EVERGREEN_HOME` | `.evergreen` | all state: artifacts, databases, logs, downloads |
+| `EVERGREEN_HOST` | `127.0.0.1` | address that the servers bind to |
+| `EVERGREEN_DAGSTER_PORT` | `3000` | Dagster UI |
+| `EVERGREEN_MLFLOW_PORT` | `5000` | MLflow UI |
+| `EVERGREEN_GATEWAY_PORT` | `8000` | OpenAI-compatible endpoint |
+| `EVERGREEN_ARTIFACTS_URL` | `<home>/artifacts` | fsspec URL of the artifact store |
+| `EVERGREEN_LEDGER_URL` | `sqlite:///<home>/ledger.db` | SQLAlchemy URL of the ledger and the API keys |
+| `EVERGREEN_MLFLOW_URI` | `sqlite:///<home>/mlflow/mlflow.db` | MLflow tracking and registry store |
+"""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Locations and ports of one deployment. Paths are absolute."""
+
+    home: Path
+    host: str
+    dagster_port: int
+    mlflow_port: int
+    gateway_port: int
+    artifacts_url: str
+    ledger_url: str
+    mlflow_uri: str
+
+    @classmethod
+    def from_env(cls) -> "Settings":
+        """Read the environment. Raises ValueError that names the variable when a port is not a number
+        from 1 to 65535."""
+        home = Path(os.environ.get("EVERGREEN_HOME", ".evergreen")).expanduser().resolve()
+        return cls(
+            home=home,
+            host=os.environ.get("EVERGREEN_HOST", "127.0.0.1"),
+            dagster_port=_port("EVERGREEN_DAGSTER_PORT", 3000),
+            mlflow_port=_port("EVERGREEN_MLFLOW_PORT", 5000),
+            gateway_port=_port("EVERGREEN_GATEWAY_PORT", 8000),
+            artifacts_url=os.environ.get("EVERGREEN_ARTIFACTS_URL", str(home / "artifacts")),
+            ledger_url=os.environ.get("EVERGREEN_LEDGER_URL", f"sqlite:///{home / 'ledger.db'}"),
+            mlflow_uri=os.environ.get("EVERGREEN_MLFLOW_URI", f"sqlite:///{home / 'mlflow' / 'mlflow.db'}"),
+        )
+
+    @property
+    def downloads(self) -> Path:
+        """Packages fetched by requirement (wheels)."""
+        return self.home / "downloads"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Unfinished trainings, one folder per input key."""
+        return self.home / "checkpoints"
+
+    @property
+    def dagster_home(self) -> Path:
+        return self.home / "dagster"
+
+    @property
+    def mlflow_artifacts(self) -> Path:
+        return self.home / "mlflow" / "artifacts"
+
+    @property
+    def logs(self) -> Path:
+        return self.home / "logs"
+
+    @property
+    def dagster_url(self) -> str:
+        return f"http://{self.host}:{self.dagster_port}"
+
+    @property
+    def mlflow_url(self) -> str:
+        return f"http://{self.host}:{self.mlflow_port}"
+
+    @property
+    def gateway_url(self) -> str:
+        return f"http://{self.host}:{self.gateway_port}"
+
+
+def _port(variable: str, default: int) -> int:
+    text = os.environ.get(variable, str(default))
+    if not text.isdigit() or not 1 <= int(text) <= 65535:
+        raise ValueError(f"{variable}={text!r}: expected a port number from 1 to 65535")
+    return int(text)
