@@ -4,6 +4,7 @@ import time
 from pathlib import Path
 
 import dagster as dg
+from resources.mlflow_tracking import MlflowTracking, git_commit
 
 from ml_assets.adapters.checks import adapter_checks, check_specs
 from ml_assets.adapters.manifest import CODE_VERSION
@@ -14,7 +15,6 @@ from ml_assets.base_models.partitions import BASE_MODELS
 from ml_assets.settings import Settings
 from ml_assets.spec import CustomizationSpec
 from resources.artifact_store import ArtifactStoreResource
-from resources.mlflow_tracking import MlflowTracking, git_commit
 
 PROGRESS_SECONDS = 10.0
 """Between two progress lines in the Dagster log."""
