@@ -2,6 +2,7 @@
 layout, nothing executable, nothing that tells where or when it was made."""
 
 import contextlib
+import io
 import json
 import os
 import tempfile
@@ -104,9 +105,15 @@ def _load_model(source: Path, folder: Path, options: dict[str, Any]) -> Any:
             )
         options = options | {"use_safetensors": True}
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.bfloat16, output_loading_info=True, **options
-        )
+        # stderr: the GGUF reader has a progress bar that cannot be turned off; what is wrong is raised
+        with contextlib.redirect_stderr(io.StringIO()):
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype=torch.bfloat16,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # reported, and refused below by name
+                **options,
+            )
         model, info = loaded
     except Exception as error:  # unknown architecture, shapes that differ, damaged GGUF, ...
         raise BaseModelError(f"{source}: cannot be loaded: {_reason(error, folder)}") from error
