@@ -169,6 +169,8 @@ class ArtifactStore:
         _fsync_directory(directory)
         target = Path(self._directory(ref))
         target.parent.mkdir(parents=True, exist_ok=True)
+        if target.exists() and not self.exists(ref):
+            shutil.rmtree(target)  # what is left of a deletion that was interrupted
         try:
             os.rename(directory, target)
         except OSError:
@@ -177,6 +179,10 @@ class ArtifactStore:
         _fsync_directory(target.parent)
 
     # -- read ------------------------------------------------------------------------------------------
+
+    def location(self, ref: ArtifactRef) -> str:
+        """Path or object-store key of the artifact's folder, for people: read through `open`."""
+        return self._directory(ref)
 
     def exists(self, ref: ArtifactRef) -> bool:
         return self.fs.exists(f"{self._directory(ref)}/{FILES}")
