@@ -18,7 +18,7 @@ from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from pydantic import BaseModel, ValidationError
 from starlette.exceptions import HTTPException
-from starlette.routing import Match
+from starlette.routing import BaseRoute, Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ml_assets.artifacts import ArtifactStore
@@ -91,7 +91,8 @@ def create_app(
         title="Evergreen gateway", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None
     )
     app.state.engine, app.state.metrics = engine, metrics
-    app.add_middleware(Guard, app=app, ledger=ledger, max_body_bytes=max_body_bytes)  # type: ignore[arg-type]
+    guard = {"routes": app.router.routes, "ledger": ledger, "metrics": metrics}
+    app.add_middleware(Guard, **guard, max_body_bytes=max_body_bytes)
     _answer_errors_like_openai(app)
 
     # -- health ----------------------------------------------------------------------------------------
@@ -301,16 +302,12 @@ class _Call:
         if len(prompt) > limit:
             message = f"messages: {len(prompt)} tokens, {version.customization!r} takes at most {limit}"
             raise ApiError(413, "context_length_exceeded", message, param="messages")
-        wanted = [
-            asked.max_tokens,
-            asked.max_completion_tokens,
-            version.max_new_tokens,
-            context - len(prompt),
-        ]
+        wanted = [asked.max_tokens, asked.max_completion_tokens]
+        limits = [version.max_new_tokens, context - len(prompt)]
         generation = self._engine.submit(
             version,
             prompt,
-            min(n for n in wanted if n is not None),
+            min(n for n in [*wanted, *limits] if n is not None),
             temperature=asked.temperature or 0.0,
             top_p=1.0 if asked.top_p is None else asked.top_p,
             seed=asked.seed,
@@ -463,10 +460,19 @@ def _answer_errors_like_openai(app: FastAPI) -> None:
 class Guard:
     """Checks the key, then reads the body up to its limit, before any other code sees the request."""
 
-    def __init__(self, inner: ASGIApp, *, app: FastAPI, ledger: Ledger, max_body_bytes: int):
+    def __init__(
+        self,
+        inner: ASGIApp,
+        *,
+        routes: list[BaseRoute],
+        ledger: Ledger,
+        metrics: Metrics,
+        max_body_bytes: int,
+    ):
         self._inner = inner
-        self._routes = app.router.routes
+        self._routes = routes
         self._ledger = ledger
+        self._metrics = metrics
         self._max_body_bytes = max_body_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -475,12 +481,13 @@ class Guard:
             return
         try:
             await self._authorize(scope)
-            receive = await self._read_body(scope, receive)
+            replay = await self._read_body(scope, receive)
         except ApiError as error:
+            self._metrics.requests.labels("-", error.status).inc()
             await error.response()(scope, receive, send)
             return
-        if receive is not None:
-            await self._inner(scope, receive, send)
+        if replay is not None:
+            await self._inner(scope, replay, send)
 
     async def _authorize(self, scope: Scope) -> None:
         access = self._access(scope)
@@ -521,7 +528,7 @@ class Guard:
             headers={"Connection": "close"},
         )
         for name, value in scope["headers"]:
-            if name == b"content-length" and int(value) > self._max_body_bytes:
+            if name == b"content-length" and value.isdigit() and int(value) > self._max_body_bytes:
                 raise too_large
         body = bytearray()
         try:

@@ -318,13 +318,9 @@ class Engine:
             waiting = self._waiting.setdefault(version, deque())
             if len(waiting) >= self.max_queue:
                 seconds = max(1, round(self._seconds * len(waiting) / (ROWS * BATCHES)))
-                raise ApiError(
-                    429,
-                    "queue_full",
-                    f"{len(waiting)} requests for {version.customization!r} are waiting already; try again in "
-                    f"{seconds} s",
-                    headers={"Retry-After": str(seconds)},
-                )
+                message = f"{len(waiting)} requests for {version.customization!r} are waiting already; "
+                message += f"try again in {seconds} s"
+                raise ApiError(429, "queue_full", message, headers={"Retry-After": str(seconds)})
             waiting.append(request)
             self._changed.notify_all()
         return request
@@ -608,12 +604,11 @@ def _verify_fingerprint(version: Version) -> None:
         probes = version.fingerprint["probes"]
         expected = {kind: [probe[kind] for probe in probes] for kind in ("with", "without")}
         found = {kind: [round(value, 4) for value in values] for kind, values in version.measured.items()}
-        raise ApiError(
-            409,
-            "fingerprint_mismatch",
+        message = (
             f"adapter {version.adapter_digest[:12]} on {version.base_revision} does not answer with its "
-            f"fingerprint: expected {expected}, measured {found} (tolerance {version.fingerprint['tolerance']})",
+            f"fingerprint: expected {expected}, measured {found}"
         )
+        raise ApiError(409, "fingerprint_mismatch", message)
 
 
 def _as_api_error(error: Exception) -> ApiError:

@@ -3,9 +3,10 @@
 An argument that would change the answer and is not supported is an error, never ignored.
 """
 
+import json
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 MAX_MESSAGES = 1000
 MAX_STOPS = 4
@@ -15,7 +16,7 @@ Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 class Body(BaseModel):
     """A request body: unknown fields are errors, and a string is not a number."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
 class TextPart(Body):
@@ -42,16 +43,20 @@ class StreamOptions(Body):
     include_obfuscation: bool | None = None
 
 
-def _default(*accepted: Any) -> Any:
-    """The type of an OpenAI argument that only its neutral values are supported for."""
-
-    def check(value: Any) -> Any:
-        if not any(value == one and type(value) is type(one) for one in accepted):
-            shown = " or ".join(repr(one) for one in accepted if one is not None)
-            raise ValueError(f"not supported by this endpoint, expected {shown or 'null'} or no value")
-        return value
-
-    return Annotated[Any, BeforeValidator(check)]
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "n": (1,),
+    "frequency_penalty": (0, 0.0),
+    "presence_penalty": (0, 0.0),
+    "logprobs": (False,),
+    "top_logprobs": (),
+    "logit_bias": ({},),
+    "response_format": ({"type": "text"},),
+    "modalities": (["text"],),
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "parallel_tool_calls": (True, False),
+}
+"""Arguments of OpenAI's that are accepted with the values that change nothing (and null)."""
 
 
 class ChatRequest(Body):
@@ -75,18 +80,27 @@ class ChatRequest(Body):
     metadata: dict[str, str] | None = None
     store: bool | None = None
     service_tier: Literal["auto", "default"] | None = None
-    # neutral values only
-    n: _default(1, None) = None
-    frequency_penalty: _default(0, 0.0, None) = None
-    presence_penalty: _default(0, 0.0, None) = None
-    logprobs: _default(False, None) = None
-    top_logprobs: _default(None) = None
-    logit_bias: _default({}, None) = None
-    response_format: _default({"type": "text"}, None) = None
-    modalities: _default(["text"], None) = None
-    tools: _default([], None) = None
-    tool_choice: _default("none", "auto", None) = None
-    parallel_tool_calls: _default(True, False, None) = None
+    # see NEUTRAL
+    n: Any = None
+    frequency_penalty: Any = None
+    presence_penalty: Any = None
+    logprobs: Any = None
+    top_logprobs: Any = None
+    logit_bias: Any = None
+    response_format: Any = None
+    modalities: Any = None
+    tools: Any = None
+    tool_choice: Any = None
+    parallel_tool_calls: Any = None
+
+    @field_validator(*NEUTRAL)
+    @classmethod
+    def _neutral(cls, value: Any, info: ValidationInfo) -> Any:
+        accepted = NEUTRAL[info.field_name or ""]
+        if value is not None and not any(value == one and type(value) is type(one) for one in accepted):
+            expected = " or ".join(json.dumps(one) for one in (*accepted, None))
+            raise ValueError(f"not supported by this endpoint, expected {expected}")
+        return value
 
     @field_validator("stop")
     @classmethod
