@@ -25,6 +25,8 @@ from typing import Any
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
+from ml_assets.settings import Settings
+
 FILES = "files.json"
 
 
@@ -84,13 +86,14 @@ def _fsync_directory(path: Path) -> None:
 
 
 class ArtifactStore:
-    """Publishes and opens artifacts below `url`. Remote artifacts are read through `cache` (a directory)."""
+    """Publishes and opens artifacts below `url`. Remote artifacts are read through `cache`, a directory that
+    only this user can write (default: `<EVERGREEN_HOME>/cache/artifacts`)."""
 
     def __init__(self, url: str, cache: Path | None = None):
         self.fs, root = fsspec.core.url_to_fs(url)
         self.root = str(root).rstrip("/")
         self.local = isinstance(self.fs, LocalFileSystem)
-        self.cache = cache or Path(tempfile.gettempdir()) / "evergreen-artifact-cache"
+        self.cache = cache or Settings.from_env().artifact_cache
 
     # -- publish ---------------------------------------------------------------------------------------
 
