@@ -5,6 +5,7 @@ when the machine goes down, the run stays STARTED for ever. Here the process is 
 that anyone can tell at any time whether it still exists.
 """
 
+import contextlib
 import logging
 import os
 import signal
@@ -73,10 +74,8 @@ def is_alive(tags: Mapping[str, str]) -> bool:
 def kill_group(tags: Mapping[str, str], signal_number: int = signal.SIGKILL) -> None:
     """Signal the process that `identity` described, and all of its process group; no-op when it is gone."""
     if is_alive(tags):
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(int(tags[PID]), signal_number)
-        except ProcessLookupError:
-            pass
 
 
 class WorkerProcessLauncher(RunLauncher, ConfigurableClass):

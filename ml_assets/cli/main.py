@@ -19,7 +19,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"evergreen: error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("\nevergreen: interrupted; what was started goes on (`evergreen down` ends it)", file=sys.stderr)
+        print(
+            "\nevergreen: interrupted; what was started goes on (`evergreen down` ends it)", file=sys.stderr
+        )
         return 130
 
 

@@ -134,13 +134,21 @@ def programs(settings: Settings, socket_path: str) -> list[Program]:
     module = os.environ.get(MODULE_VARIABLE, "ml_assets.definitions")
     workspace = settings.dagster_home / "workspace.yaml"
     python = (sys.executable, "-m")
-    host = settings.host
+    code_server = "dagster code-server start --use-python-environment-entry-point --log-level warning"
+    address = ("--host", settings.host, "--port")
     return [
         Program(
             "code-server",
-            (*python, "dagster", "code-server", "start", "-m", module, "--location-name", "evergreen")
-            + ("--socket", socket_path, "-d", str(ROOT), "--use-python-environment-entry-point")
-            + ("--log-level", "warning"),
+            (
+                *python,
+                *code_server.split(),
+                "--location-name",
+                "evergreen",
+                "--socket",
+                socket_path,
+                "-m",
+                module,
+            ),
             ROOT,
         ),
         Program(
@@ -150,15 +158,16 @@ def programs(settings: Settings, socket_path: str) -> list[Program]:
         ),
         Program(
             "dagster-webserver",
-            (*python, "dagster_webserver", "-w", str(workspace))
-            + ("-h", host, "-p", str(settings.dagster_port)),
+            (*python, "dagster_webserver", "-w", str(workspace), *address, str(settings.dagster_port)),
             settings.dagster_home,
         ),
         Program(
             "mlflow",
-            (*python, "mlflow", "server", "--host", host, "--port", str(settings.mlflow_port))
-            + ("--backend-store-uri", settings.mlflow_uri, "--workers", "1")
-            + ("--artifacts-destination", str(settings.mlflow_artifacts)),
+            (
+                *(*python, "mlflow", "server", *address, str(settings.mlflow_port), "--workers", "1"),
+                *("--backend-store-uri", settings.mlflow_uri),
+                *("--artifacts-destination", str(settings.mlflow_artifacts)),
+            ),
             settings.mlflow_artifacts,
         ),
         Program("gateway", (*python, "ml_assets.endpoints.gateway"), settings.home),
@@ -388,8 +397,8 @@ def start(settings: Settings) -> bool:
             raise OperationError(f"the supervisor ended: see {log_path(settings)}")
         if time.monotonic() > deadline:
             raise OperationError(
-                f"no answer from {', '.join(missing)} within {START_SECONDS:.0f} s: see {log_path(settings)}; "
-                "`make down` ends what was started"
+                f"no answer from {', '.join(missing)} within {START_SECONDS:.0f} s: "
+                f"see {log_path(settings)}; `make down` ends what was started"
             )
         time.sleep(0.5)
 
@@ -424,9 +433,7 @@ def _code_server_socket(settings: Settings) -> Iterator[str]:
     with tempfile.TemporaryDirectory(prefix="evergreen-") as directory:
         path = f"{directory}/code.sock"
         server = {"grpc_server": {"socket": path, "location_name": "evergreen"}}
-        write_atomic(
-            settings.dagster_home / "workspace.yaml", json.dumps({"load_from": [server]}).encode()
-        )
+        write_atomic(settings.dagster_home / "workspace.yaml", json.dumps({"load_from": [server]}).encode())
         yield path
 
 
