@@ -63,7 +63,7 @@ def sha256_file(path: Path) -> str:
 
 def write_atomic(path: Path, data: bytes) -> None:
     """Write a file: a reader, or a crash at any point, sees the old content or the new, never a part."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    _make_directory(path.parent)
     temporary = path.parent / f".{path.name}.{uuid.uuid4().hex}.tmp"
     try:
         with temporary.open("wb") as file:
@@ -75,6 +75,14 @@ def write_atomic(path: Path, data: bytes) -> None:
         temporary.unlink(missing_ok=True)
         raise
     _fsync_directory(path.parent)
+
+
+def _make_directory(path: Path) -> None:
+    """Create a directory and its parents so that they survive a crash of the host."""
+    if not path.is_dir():
+        _make_directory(path.parent)
+        path.mkdir(exist_ok=True)
+        _fsync_directory(path.parent)
 
 
 def _fsync_directory(path: Path) -> None:
