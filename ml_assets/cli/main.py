@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from ml_assets.cli import supervisor
-from ml_assets.cli.supervisor import OperationError
+from ml_assets.cli.supervisor import OperationError, print_urls
 from ml_assets.settings import Settings
 
 
@@ -74,12 +74,6 @@ def _init(settings: Settings, _options: argparse.Namespace) -> int:
     supervisor.initialize(settings)
     print(f"data directory: {settings.home}")
     return 0
-
-
-def print_urls(urls: dict[str, str]) -> None:
-    print(f"  Dagster UI  {urls['dagster']}")
-    print(f"  MLflow UI   {urls['mlflow']}")
-    print(f"  endpoint    {urls['gateway']}/v1")
 
 
 def _up(settings: Settings, _options: argparse.Namespace) -> int:

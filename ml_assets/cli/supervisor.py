@@ -307,6 +307,12 @@ def urls(settings: Settings) -> dict[str, str]:
     }
 
 
+def print_urls(urls: dict[str, str]) -> None:
+    print(f"  Dagster UI  {urls['dagster']}")
+    print(f"  MLflow UI   {urls['mlflow']}")
+    print(f"  endpoint    {urls['gateway']}/v1")
+
+
 def check_ports(settings: Settings) -> None:
     """Raises OperationError that names the port, its variable and who holds it when one can't be used."""
     ports = {
