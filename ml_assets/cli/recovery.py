@@ -34,7 +34,8 @@ def recover(instance: DagsterInstance) -> list[DagsterRun]:
     """
     storage = instance.daemon_cursor_storage
     known = storage.get_cursor_values(set(CURSORS))
-    storage.set_cursor_values({cursor: "0" for cursor in CURSORS if known.get(cursor) is None})
+    if unset := [cursor for cursor in CURSORS if known.get(cursor) is None]:
+        storage.set_cursor_values(dict.fromkeys(unset, "0"))
 
     gone = [run for run in instance.get_runs(RunsFilter(statuses=IN_PROGRESS)) if worker_is_gone(run)]
     for run in gone:

@@ -28,6 +28,7 @@ mutation ($parameters: ExecutionParams!) {
   }
 }
 """
+PARTITIONED = "query ($keys: [AssetKeyInput!]!) { assetNodes(assetKeys: $keys) { assetKey { path } isPartitioned } }"
 STALENESS = """
 query ($keys: [AssetKeyInput!]!, $partition: String) {
   assetNodes(assetKeys: $keys) { assetKey { path } staleStatus(partition: $partition) }
@@ -86,8 +87,14 @@ class Dagster:
     def out_of_date(self, assets: Sequence[AssetKey], partition: str | None) -> list[AssetKey]:
         """Those of the assets that were never made, or whose inputs or code changed since."""
         keys = [{"path": list(key.path)} for key in assets]
-        nodes = self.query(STALENESS, {"keys": keys, "partition": partition})["assetNodes"]
-        fresh = {tuple(node["assetKey"]["path"]) for node in nodes if node["staleStatus"] == "FRESH"}
+        fresh: set[tuple[str, ...]] = set()
+        nodes = self.query(PARTITIONED, {"keys": keys})["assetNodes"]
+        for partitioned in (True, False):  # the API refuses a partition where there are none
+            some = [node["assetKey"] for node in nodes if node["isPartitioned"] == partitioned]
+            variables = {"keys": some, "partition": partition if partitioned else None}
+            for node in self.query(STALENESS, variables)["assetNodes"] if some else []:
+                if node["staleStatus"] == "FRESH":
+                    fresh.add(tuple(node["assetKey"]["path"]))
         return [key for key in assets if tuple(key.path) not in fresh]
 
     def follow(self, run_id: str, show: Callable[[str], None]) -> None:

@@ -10,6 +10,7 @@ import errno
 import json
 import logging
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -41,6 +42,7 @@ STOP_SECONDS = 10.0
 START_SECONDS = 180.0
 LONGEST_PAUSE = 30.0
 LOG_BYTES = 50_000_000
+COLOR = re.compile(r"\x1b\[[0-9;]*m")
 DAEMON_HEALTH = "{instance{daemonHealth{allDaemonStatuses{daemonType required healthy}}}}"
 
 logger = logging.getLogger("supervisor")
@@ -130,7 +132,7 @@ class Program:
 
 
 def programs(settings: Settings, socket_path: str) -> list[Program]:
-    """What makes up a deployment. The first is the code server, which the others of Dagster share."""
+    """What makes up a deployment; Dagster's daemon and UI share the code server at `socket_path`."""
     module = os.environ.get(MODULE_VARIABLE, "ml_assets.definitions")
     workspace = settings.dagster_home / "workspace.yaml"
     python = (sys.executable, "-m")
@@ -240,7 +242,7 @@ def _copy_lines(name: str, process: subprocess.Popen[bytes]) -> None:
     lines = logging.getLogger(name)
     with process.stdout:
         for line in process.stdout:
-            lines.info("%s", line.decode(errors="replace").rstrip())
+            lines.info("%s", COLOR.sub("", line.decode(errors="replace").rstrip()))
 
 
 def _signal_group(pid: int, number: int) -> bool:
@@ -480,10 +482,16 @@ def _supervise(settings: Settings) -> None:
     logger.info("starting; state in %s", settings.home)
     supervisor.write_state()
     with _code_server_socket(settings) as socket_path:
-        code_server, *others = programs(settings, socket_path)
-        threads = [threading.Thread(target=supervisor.keep, args=(code_server,))]
-        threads[0].start()
+        threads: list[threading.Thread] = []
+
+        def keep(*names: str) -> None:
+            for program in programs(settings, socket_path):
+                if program.name in names:
+                    threads.append(threading.Thread(target=supervisor.keep, args=(program,)))
+                    threads[-1].start()
+
         try:
+            keep("code-server", "mlflow", "gateway")
             from dagster import DagsterInstance
 
             from ml_assets.cli.recovery import recover
@@ -492,9 +500,7 @@ def _supervise(settings: Settings) -> None:
                 for run in recover(instance):
                     logger.warning("run %s (%s) had lost its process", run.run_id, run.job_name)
             _wait_for_code_server(supervisor, socket_path)
-            for program in others:
-                threads.append(threading.Thread(target=supervisor.keep, args=(program,)))
-                threads[-1].start()
+            keep("dagster-daemon", "dagster-webserver")
             done.wait()
         finally:
             logger.info("stopping")
