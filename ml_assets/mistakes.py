@@ -46,20 +46,22 @@ class Origin:
     line: int = 1
     lines: Mapping[Steps, int] = field(default_factory=dict)
 
+    def line_of(self, steps: Steps) -> int:
+        """Line of the value, or of the closest block around it."""
+        closest = (self.lines[steps[:n]] for n in range(len(steps), 0, -1) if steps[:n] in self.lines)
+        return next(closest, self.line)
+
     def at(self, steps: Steps = ()) -> str:
-        """`file:line` of the value, or of the closest block around it; the file as the terminal knows it."""
+        """`file:line`; the file relative to the working directory when it is below it."""
         file = os.path.relpath(self.file)
-        closest = next(
-            (self.lines[steps[:n]] for n in range(len(steps), 0, -1) if steps[:n] in self.lines), 0
-        )
-        return f"{self.file if file.startswith('..') else file}:{closest or self.line}"
+        return f"{self.file if file.startswith('..') else file}:{self.line_of(steps)}"
 
     def error(self, mistakes: Iterable[Mistake]) -> SpecError:
-        """The exception that states all of them."""
+        """The exception that states all of them, in the order of the file."""
         return SpecError(
             "\n".join(
                 f"{self.at(m.steps)}: {'.'.join(map(str, m.steps)) + ': ' if m.steps else ''}{m.message}"
-                for m in mistakes
+                for m in sorted(mistakes, key=lambda m: self.line_of(m.steps))
             )
         )
 
@@ -82,7 +84,7 @@ def validate(model: type[M], attributes: Mapping[str, Any], origin: Origin) -> M
     try:
         return model.model_validate(resolved)
     except ValidationError as error:
-        raise origin.error(_explain(model, error, origin)) from None
+        raise origin.error(_explain(model, error)) from None
 
 
 def _resolve(value: Any, steps: Steps, mistakes: list[Mistake]) -> Any:
@@ -104,16 +106,16 @@ def _resolve(value: Any, steps: Steps, mistakes: list[Mistake]) -> Any:
     return value
 
 
-def _explain(model: type[BaseModel], error: ValidationError, origin: Origin) -> list[Mistake]:
-    """One mistake for each wrong place, in the order of the file."""
+def _explain(model: type[BaseModel], error: ValidationError) -> list[Mistake]:
+    """One mistake for each wrong place."""
     mistakes: dict[Steps, Mistake] = {}
     for item in error.errors():
         at = (int(part) if part.isdigit() else part for part in item.get("ctx", {}).get("at", "").split("."))
         steps, around, here = _walk(model, (*item["loc"], *(part for part in at if part != "")))
-        if item["type"].startswith("union_tag") and isinstance(item["input"], dict):
+        if item["type"].startswith("union_tag"):
             steps = (*steps, "kind")
         mistakes.setdefault(steps, Mistake(steps, _words(item, steps, around, here)))
-    return sorted(mistakes.values(), key=lambda m: int(origin.at(m.steps).rsplit(":", 1)[1]))
+    return list(mistakes.values())
 
 
 def _walk(
@@ -165,8 +167,6 @@ def _words(item: Any, steps: Steps, around: list[type[BaseModel]], here: list[ty
             return f"expected {context['expected']}, found {_short(found)}{did_you_mean(found, known)}"
         case "union_tag_invalid" | "union_tag_not_found":
             known = [kind for block in here for kind in _kinds(block)]
-            if not isinstance(found, dict):
-                return f"expected a block with a kind ({', '.join(known)}), found {_short(found)}"
             if "kind" not in found:
                 return f"required field is missing; expected one of: {', '.join(known)}"
             return f"expected one of: {', '.join(known)}; found {_short(found['kind'])}" + did_you_mean(
@@ -178,8 +178,11 @@ def _words(item: Any, steps: Steps, around: list[type[BaseModel]], here: list[ty
             return item["msg"]
         case "value_error":
             return str(context["error"])
-        case "model_type" | "dict_type":
-            return f"expected a block of fields, found {_short(found)}"
+        case "model_type" | "model_attributes_type" | "dict_type":
+            kinds = ", ".join(kind for block in here for kind in _kinds(block))
+            return f"expected a block of fields{f' with a kind ({kinds})' if kinds else ''}, found {_short(found)}"
+        case "too_short":
+            return f"expected at least {context['min_length']} item, found {_short(found)}"
     return (
         f"{item['msg'].replace('Input should be', 'expected').replace('Input should', 'expected to')}, "
         + (f"found {_short(found)}")

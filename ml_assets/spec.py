@@ -423,8 +423,8 @@ class EvaluationSpec(Block):
             raise _wrong(
                 "max_rows",
                 f"impossible gate: with max_rows {self.max_rows} even a candidate that changes no answer "
-                f"can't be shown to stay within margin {self.gate.margin} at alpha {self.gate.alpha}; expected "
-                f"max_rows of at least {fewest}, or a wider margin",
+                f"can't be shown to stay within margin {self.gate.margin} at alpha {self.gate.alpha}; "
+                f"expected max_rows of at least {fewest}, or a wider margin",
             )
         return self
 
