@@ -25,6 +25,8 @@ from typing import Any
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
+from ml_assets.settings import Settings
+
 FILES = "files.json"
 
 
@@ -61,7 +63,7 @@ def sha256_file(path: Path) -> str:
 
 def write_atomic(path: Path, data: bytes) -> None:
     """Write a file: a reader, or a crash at any point, sees the old content or the new, never a part."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    _make_directory(path.parent)
     temporary = path.parent / f".{path.name}.{uuid.uuid4().hex}.tmp"
     try:
         with temporary.open("wb") as file:
@@ -75,6 +77,14 @@ def write_atomic(path: Path, data: bytes) -> None:
     _fsync_directory(path.parent)
 
 
+def _make_directory(path: Path) -> None:
+    """Create a directory and its parents so that they survive a crash of the host."""
+    if not path.is_dir():
+        _make_directory(path.parent)
+        path.mkdir(exist_ok=True)
+        _fsync_directory(path.parent)
+
+
 def _fsync_directory(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -84,13 +94,14 @@ def _fsync_directory(path: Path) -> None:
 
 
 class ArtifactStore:
-    """Publishes and opens artifacts below `url`. Remote artifacts are read through `cache` (a directory)."""
+    """Publishes and opens artifacts below `url`. Remote artifacts are read through `cache`, a directory that
+    only this user can write (default: `<EVERGREEN_HOME>/cache/artifacts`)."""
 
     def __init__(self, url: str, cache: Path | None = None):
         self.fs, root = fsspec.core.url_to_fs(url)
         self.root = str(root).rstrip("/")
         self.local = isinstance(self.fs, LocalFileSystem)
-        self.cache = cache or Path(tempfile.gettempdir()) / "evergreen-artifact-cache"
+        self.cache = cache or Settings.from_env().artifact_cache
 
     # -- publish ---------------------------------------------------------------------------------------
 

@@ -57,6 +57,21 @@ class Settings:
         return self.home / "checkpoints"
 
     @property
+    def artifact_cache(self) -> Path:
+        """Local copies of artifacts whose store is remote."""
+        return self.home / "cache" / "artifacts"
+
+    @property
+    def refs(self) -> Path:
+        """Which artifact each asset (and partition) last gave."""
+        return self.home / "refs"
+
+    @property
+    def locks(self) -> Path:
+        """Lock files between the processes of this deployment."""
+        return self.home / "locks"
+
+    @property
     def dagster_home(self) -> Path:
         return self.home / "dagster"
 

@@ -4,6 +4,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from ml_assets.base_models.conversion import quiet
+
 ARCHITECTURES = ("llama", "qwen2", "mistral", "gpt2", "gpt_neox", "gemma")
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
@@ -53,7 +55,8 @@ def tiny_model(architecture: str, directory: Path, chat_template: bool = True, s
         torch.set_rng_state(state)
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
-    model.save_pretrained(directory)
+    with quiet():
+        model.save_pretrained(directory)
     return directory
 
 

@@ -1,0 +1,22 @@
+"""Tests find each other's helpers, keep state in temporary folders, and never phone home."""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
+os.environ["DO_NOT_TRACK"] = "1"
+
+
+@pytest.fixture(autouse=True)
+def evergreen_home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty EVERGREEN_HOME of the test's own."""
+    home = tmp_path_factory.mktemp("home")
+    monkeypatch.setenv("EVERGREEN_HOME", str(home))
+    return home

@@ -1,0 +1,243 @@
+"""The training loop computes what transformers and peft do, gives the same bytes, and resumes exactly."""
+
+import itertools
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from bases import tiny_base
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny_models import ARCHITECTURES
+
+from ml_assets.artifacts import sha256_file
+from ml_assets.engine import training
+from ml_assets.engine.loading import Base, IncompatibleAdapter, adapter_parameters
+from ml_assets.engine.training import BadExample, Example, learning_rate, plan_batches, step_loss, train_lora
+from ml_assets.spec import AdapterRecipe
+
+WORDS = ["kitchen", "light", "turn on", "bedroom", "lamp", "window", "temperature", "news", "shares"]
+
+
+def examples(base: Base, n: int = 12) -> list[Example]:
+    rows = []
+    for i, words in zip(range(n), itertools.cycle(itertools.permutations(WORDS, 3)), strict=False):
+        text = " ".join(words[: 1 + i % 3])
+        prompt = base.chat.prompt_ids([{"role": "user", "content": text}])
+        rows.append(Example(prompt, base.chat.target_ids(words[0]), row=str(i)))
+    return rows
+
+
+def recipe(**changes) -> AdapterRecipe:
+    return AdapterRecipe(
+        **{"rank": 4, "alpha": 8, "steps": 6, "batch_tokens": 128, "learning_rate": 1e-2} | changes
+    )
+
+
+def targets(base: Base) -> list[str]:
+    return base.manifest["lora_targets"]["all-linear"]
+
+
+def with_lora(base: Base) -> None:
+    torch.manual_seed(0)
+    training._add_lora(base, recipe(), targets(base))
+    for key, parameter in adapter_parameters(base.model, "default").items():
+        if "lora_B" in key:  # zero at the start, which would leave lora_A without a gradient
+            torch.nn.init.normal_(parameter, std=0.05)
+        parameter.requires_grad_(True)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_loss_and_gradients_equal_padded_transformers(architecture: str, tmp_path: Path) -> None:
+    base = tiny_base(architecture, tmp_path)
+    with_lora(base)
+    rows = examples(base)
+    loss = step_loss(base, rows)
+    ours = {k: p.grad.clone() for k, p in adapter_parameters(base.model, "default").items()}
+    base.model.zero_grad()
+
+    width = max(map(len, rows))
+    ids = torch.full((len(rows), width), base.pad_id)
+    labels, mask = torch.full_like(ids, -100), torch.zeros_like(ids)
+    for i, row in enumerate(rows):  # plain padding and transformers' own loss
+        ids[i, : len(row)] = torch.tensor(row.prompt + row.target)
+        labels[i, len(row.prompt) : len(row)] = torch.tensor(row.target)
+        mask[i, : len(row)] = 1
+    reference = base.model(input_ids=ids, attention_mask=mask, labels=labels).loss
+    reference.backward()
+
+    assert loss == pytest.approx(float(reference), abs=1e-4)
+    for key, parameter in adapter_parameters(base.model, "default").items():
+        scale = float(parameter.grad.abs().max())
+        assert scale > 0, key
+        assert float((ours[key] - parameter.grad).abs().max()) < 1e-4 * max(1.0, scale), key
+
+
+def test_micro_batches_do_not_change_the_gradient(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = tiny_base("llama", tmp_path)
+    with_lora(base)
+    rows = examples(base)
+    step_loss(base, rows)
+    whole = {k: p.grad.clone() for k, p in adapter_parameters(base.model, "default").items()}
+    base.model.zero_grad()
+    monkeypatch.setattr(training, "MICRO_BATCH_TOKENS", 40)
+    step_loss(base, rows)
+    for key, parameter in adapter_parameters(base.model, "default").items():
+        torch.testing.assert_close(parameter.grad, whole[key], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_training_learns_and_gives_the_same_bytes(dtype: torch.dtype, tmp_path: Path) -> None:
+    base = tiny_base("llama", tmp_path / "base", dtype)
+    rows = examples(base)
+    long = recipe(steps=60, dropout=0.1)
+    first = train_lora(base, rows, long, targets(base), tmp_path / "a")
+    train_lora(base, rows, long, targets(base), tmp_path / "b")
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        assert sha256_file(tmp_path / "a" / name) == sha256_file(tmp_path / "b" / name)
+    assert sum(first.losses[-5:]) / 5 < 0.3 * first.losses[0]
+    other = train_lora(base, rows, long.model_copy(update={"seed": 1}), targets(base), tmp_path / "c")
+    assert other.losses != first.losses
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_resume_at_every_step_gives_the_same_bytes(dtype: torch.dtype, tmp_path: Path) -> None:
+    base = tiny_base("qwen2", tmp_path / "base", dtype)
+    rows, plan = examples(base), recipe(dropout=0.1)
+    whole = train_lora(base, rows, plan, targets(base), tmp_path / "whole")
+
+    class Stop(Exception):
+        pass
+
+    for stop in range(1, plan.steps or 0):
+
+        def interrupt(progress: training.Progress, stop: int = stop) -> None:
+            if progress.step == stop + 1:
+                raise Stop
+
+        folder = tmp_path / f"checkpoints-{stop}"
+        out = tmp_path / f"resumed-{stop}"
+        with pytest.raises(Stop):
+            train_lora(
+                base,
+                rows,
+                plan,
+                targets(base),
+                out,
+                checkpoints=folder,
+                checkpoint_seconds=0,
+                on_progress=interrupt,
+            )
+        resumed = train_lora(base, rows, plan, targets(base), out, checkpoints=folder, checkpoint_seconds=0)
+        assert resumed.resumed_from == stop
+        assert resumed.losses == whole.losses
+        assert sha256_file(out / "adapter_model.safetensors") == sha256_file(
+            tmp_path / "whole" / "adapter_model.safetensors"
+        )
+
+
+def test_a_checkpoint_of_another_training_is_not_continued(tmp_path: Path) -> None:
+    base = tiny_base("llama", tmp_path / "base")
+    rows = examples(base)
+    folder = tmp_path / "checkpoints"
+    train_lora(base, rows, recipe(), targets(base), tmp_path / "a", checkpoints=folder, checkpoint_seconds=0)
+    result = train_lora(
+        base, rows[:-1], recipe(), targets(base), tmp_path / "b", checkpoints=folder, checkpoint_seconds=0
+    )
+    assert result.resumed_from == 0
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_peft_loads_the_adapter_and_computes_the_same(architecture: str, tmp_path: Path) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    base = tiny_base(architecture, tmp_path / "base")
+    rows = examples(base)
+    out = tmp_path / "adapter"
+    train_lora(base, rows, recipe(), targets(base), out)
+    pins = {"base_identity": base.manifest["identity"], "tokenizer_sha256": "t", "chat_template_sha256": "c"}
+    (out / "manifest.json").write_text(json.dumps(pins))
+    ids = torch.tensor([rows[0].prompt])
+    bare = base.model(input_ids=ids).logits
+    base.attach("x", out)
+    with base.active("x"), torch.no_grad():
+        ours = base.model(input_ids=ids).logits
+    with base.active(None), torch.no_grad():
+        torch.testing.assert_close(base.model(input_ids=ids).logits, bare)
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
+    theirs = PeftModel.from_pretrained(plain, out).eval()(input_ids=ids).logits
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
+    assert float((ours - bare).abs().max()) > 1e-3
+    base.detach("x")
+    assert not base.adapters
+    torch.testing.assert_close(base.model(input_ids=ids).logits, bare)
+
+
+def test_an_adapter_of_another_base_or_with_bad_weights_is_refused(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    base = tiny_base("llama", tmp_path / "base")
+    out = tmp_path / "adapter"
+    train_lora(base, examples(base), recipe(), targets(base), out)
+    pins = {"base_identity": base.manifest["identity"], "tokenizer_sha256": "t", "chat_template_sha256": "c"}
+    weights = load_file(out / "adapter_model.safetensors")
+    first = next(iter(weights))
+    broken = {
+        "made for base_identity": (pins | {"base_identity": "0" * 64}, weights),
+        "made for tokenizer_sha256": (pins | {"tokenizer_sha256": "z"}, weights),
+        "missing": (pins, {k: v for k, v in weights.items() if k != first}),
+        "unexpected": (pins, weights | {"stray": torch.zeros(1)}),
+        "has shape": (pins, weights | {first: weights[first][:1].clone()}),
+        "not finite": (pins, weights | {first: torch.full_like(weights[first], torch.nan)}),
+    }
+    for message, (manifest, tensors) in broken.items():
+        (out / "manifest.json").write_text(json.dumps(manifest))
+        save_file(tensors, out / "adapter_model.safetensors")
+        with pytest.raises(IncompatibleAdapter, match=message):
+            base.attach("x", out)
+        assert not base.adapters and not hasattr(base.model, "peft_config")
+
+
+def test_bad_examples_name_the_row(tmp_path: Path) -> None:
+    base = tiny_base("llama", tmp_path / "base")
+    good = examples(base, 3)
+    cases = {
+        "row q: target of 600 tokens": Example([5], [6] * 600, "q"),
+        r"1 of 4 examples exceed 512 tokens .* q \(600 \+ 1\)": Example([5] * 600, [6], "q"),
+        "row q: expected at least one prompt token": Example([], [6], "q"),
+    }
+    for message, bad in cases.items():
+        with pytest.raises(BadExample, match=message):
+            train_lora(base, [*good, bad], recipe(), targets(base), tmp_path / "a")
+    with pytest.raises(BadExample, match="at least one training example"):
+        train_lora(base, [], recipe(), targets(base), tmp_path / "a")
+
+
+@settings(deadline=None, max_examples=200)
+@given(
+    lengths=st.lists(st.integers(1, 300), min_size=1, max_size=80),
+    budget=st.integers(1, 1000),
+    epochs=st.sampled_from([0.5, 1.0, 1.5, 2.0, 3.0]),
+    seed=st.integers(0, 5),
+)
+def test_every_epoch_sees_every_example_once_within_the_budget(lengths, budget, epochs, seed) -> None:
+    plan = plan_batches(lengths, AdapterRecipe(epochs=epochs, batch_tokens=budget, seed=seed))
+    assert plan == plan_batches(lengths, AdapterRecipe(epochs=epochs, batch_tokens=budget, seed=seed))
+    for batch in plan:
+        assert len(batch) == 1 or max(lengths[i] for i in batch) * len(batch) <= budget
+    counts = [sum(batch.count(i) for batch in plan) for i in range(len(lengths))]
+    if epochs == int(epochs):
+        assert counts == [int(epochs)] * len(lengths)
+    else:
+        assert max(counts) <= int(epochs) + 1
+
+
+def test_learning_rate_schedules() -> None:
+    linear = [learning_rate(s, 100, AdapterRecipe(learning_rate=1.0, warmup=0.1)) for s in range(100)]
+    assert linear[0] == pytest.approx(0.1) and max(linear) == 1.0 and linear[-1] < 0.02
+    constant = AdapterRecipe(learning_rate=1.0, warmup=0, schedule="constant")
+    assert {learning_rate(s, 10, constant) for s in range(10)} == {1.0}
+    cosine = AdapterRecipe(learning_rate=1.0, warmup=0, schedule="cosine")
+    assert learning_rate(50, 100, cosine) == pytest.approx(0.5)
