@@ -180,7 +180,8 @@ def _words(item: Any, steps: Steps, around: list[type[BaseModel]], here: list[ty
             return str(context["error"])
         case "model_type" | "model_attributes_type" | "dict_type":
             kinds = ", ".join(kind for block in here for kind in _kinds(block))
-            return f"expected a block of fields{f' with a kind ({kinds})' if kinds else ''}, found {_short(found)}"
+            with_kind = f" with a kind ({kinds})" if kinds else ""
+            return f"expected a block of fields{with_kind}, found {_short(found)}"
         case "too_short":
             return f"expected at least {context['min_length']} item, found {_short(found)}"
     return (

@@ -256,14 +256,16 @@ class PromptSpec(Block):
 def template_columns(text: str) -> list[str]:
     """The columns that a template names. Raises ValueError on a brace that does not close or a field that is
     not a plain column name (write `{{` for a brace)."""
+    hint = "write '{{' and '}}' for literal braces"
     try:
-        fields = [field for _, field, _, _ in Formatter().parse(text) if field is not None]
+        fields = [field for field in Formatter().parse(text) if field[1] is not None]
     except ValueError as error:
-        raise ValueError(f"{text!r}: {error}; write '{{{{' for a literal brace") from error
-    for field in fields:
-        if not re.fullmatch(r"[A-Za-z_]\w*", field):
-            raise ValueError(f"{text!r}: expected a column name in braces, found {{{field}}}")
-    return list(dict.fromkeys(fields))
+        raise ValueError(f"{text!r}: {error}; {hint}") from error
+    for _, name, form, conversion in fields:
+        if form or conversion or not re.fullmatch(r"[A-Za-z_]\w*", name or ""):
+            shown = f"{name}{f'!{conversion}' if conversion else ''}{f':{form}' if form else ''}"
+            raise ValueError(f"{text!r}: expected a column name in braces, found {{{shown}}}; {hint}")
+    return list(dict.fromkeys(str(name) for _, name, _, _ in fields))
 
 
 class AdapterRecipe(Block):
@@ -421,7 +423,7 @@ class EvaluationSpec(Block):
         fewest = self.gate.fewest_rows()
         if self.max_rows and self.max_rows < fewest and self.resolved_metrics()[0] in BINARY_METRICS:
             raise _wrong(
-                "max_rows",
+                "max_rows" if "max_rows" in self.model_fields_set else "gate.margin",
                 f"impossible gate: with max_rows {self.max_rows} even a candidate that changes no answer "
                 f"can't be shown to stay within margin {self.gate.margin} at alpha {self.gate.alpha}; "
                 f"expected max_rows of at least {fewest}, or a wider margin",
@@ -453,9 +455,7 @@ class EndpointSpec(Block):
 class CustomizationSpec(Block):
     """Attributes of `ml_assets.Customization`: one adaptation of language models to one job."""
 
-    name: str = Field(
-        pattern=NAME, description="lower case, digits, underscore; the model name at the endpoint"
-    )
+    name: str = Field(pattern=NAME, description="the model name at the endpoint")
     description: str = Field(default="", description="Markdown, shown in the UI")
     owners: list[str] = Field(default_factory=list, description="`team:name` or an e-mail address")
     source: Source = Field(description="where its rows come from")

@@ -140,7 +140,7 @@ MISTAKES = {
         "{text}",
         "{text",
         9,
-        "prompt.user: '{text': expected '}' before end of string; write '{{' for a literal brace",
+        "prompt.user: '{text': expected '}' before end of string; write '{{' and '}}' for literal braces",
     ),
     "no column in the prompt": (
         "{text}",
