@@ -62,7 +62,7 @@ def build_reproduce_job(specs: Sequence[CustomizationSpec]) -> dg.JobDefinition:
         context: dg.OpExecutionContext,
         config: ReproduceConfig,
         artifact_store: ArtifactStoreResource,
-        io_manager: ArtifactRefIOManager,
+        io_manager: dg.ResourceParam[ArtifactRefIOManager],
     ) -> None:
         if config.customization not in by_name:
             raise dg.Failure(
