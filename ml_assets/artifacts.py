@@ -61,6 +61,17 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file; the error names the file."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: expected a readable JSON object: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: expected a JSON object, found {type(value).__name__}")
+    return value
+
+
 def write_atomic(path: Path, data: bytes) -> None:
     """Write a file: a reader, or a crash at any point, sees the old content or the new, never a part."""
     _make_directory(path.parent)

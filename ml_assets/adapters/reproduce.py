@@ -9,7 +9,7 @@ import dagster as dg
 from pydantic import Field
 
 from ml_assets.adapters.train import AdapterInputs, open_inputs, train_adapter
-from ml_assets.artifacts import ArtifactRef, ArtifactStore, sha256_file
+from ml_assets.artifacts import ArtifactRef, ArtifactStore, read_json, sha256_file
 from ml_assets.base_models.partitions import BASE_MODELS
 from ml_assets.settings import Settings
 from ml_assets.spec import AdapterRecipe, CustomizationSpec, PromptSpec
@@ -21,8 +21,6 @@ def reproduce_inputs(
 ) -> tuple[AdapterInputs, dict[str, Any]]:
     """Inputs of the training that gave `adapter`, and its manifest: data, prompt and recipe as they were
     then, not as the YAML says now."""
-    from ml_assets.engine.loading import read_json
-
     manifest = read_json(store.open(adapter) / "manifest.json")
     then = spec.model_copy(
         update={
