@@ -20,6 +20,14 @@ from tests.tiny_models import tiny_model
 KEY = dg.AssetKey("base_model")
 
 
+def resources() -> dict[str, object]:
+    return {
+        "artifact_store": ArtifactStoreResource(),
+        "base_model_hub": BaseModelHub(),
+        "io_manager": ArtifactRefIOManager(),
+    }
+
+
 class Deployment:
     """A Dagster instance with one declared family `tiny` whose source is the directory `source`."""
 
@@ -47,11 +55,7 @@ class Deployment:
             partition_key=revision,
             instance=self.instance,
             raise_on_error=False,
-            resources={
-                "artifact_store": ArtifactStoreResource(),
-                "base_model_hub": BaseModelHub(),
-                "io_manager": ArtifactRefIOManager(),
-            },
+            resources=resources(),
         )
 
     def failure(self, revision: str | None = None) -> str:
@@ -65,10 +69,16 @@ class Deployment:
         return data.description if data else error.message
 
 
-@pytest.fixture
-def instance():
+@pytest.fixture(scope="module")
+def one_instance():
     with dg.instance_for_test() as instance:
         yield instance
+
+
+@pytest.fixture
+def instance(one_instance: dg.DagsterInstance) -> dg.DagsterInstance:
+    """Shared, since making one takes seconds; each test has an artifact store of its own."""
+    return one_instance
 
 
 def materialization(result: dg.ExecuteInProcessResult) -> dg.AssetMaterialization:
@@ -87,10 +97,10 @@ def test_a_revision_is_materialized_and_shown(tmp_path: Path, instance: dg.Dagst
     assert event.tags is not None and event.tags["dagster/data_version"] == ref.digest
 
     metadata = event.metadata
-    facts = {r.data["fact"]: r.data["value"] for r in metadata["facts"].value}
+    facts = {r.data["fact"]: r.data["value"] for r in metadata["facts"].records}
     assert facts["architecture"] == "LlamaForCausalLM"
     assert facts["content hash"] == identify(deployment.source)
-    assert {r.data["targets"] for r in metadata["lora_targets"].value} == {"all-linear", "attention"}
+    assert {r.data["targets"] for r in metadata["lora_targets"].records} == {"all-linear", "attention"}
     assert "<|im_start|>user\nIs the light on?" in str(metadata["chat_template_example"].value)
     assert metadata["parameters"].value == 99648 and metadata["context_length"].value == 512
     assert metadata["digest"].value == ref.digest
@@ -100,6 +110,20 @@ def test_a_revision_is_materialized_and_shown(tmp_path: Path, instance: dg.Dagst
     assert set(checks) == {"finite_logits", "better_than_chance", "tokenizer_round_trip", "chat_template"}
     assert checks["finite_logits"].passed and checks["tokenizer_round_trip"].passed
     assert {check.partition for check in checks.values()} == {deployment.revision()}
+
+    @dg.asset(partitions_def=BASE_MODELS, ins={"base": dg.AssetIn(key=KEY)}, io_manager_key="none")
+    def downstream(base: ArtifactRef) -> dg.MaterializeResult:
+        return dg.MaterializeResult(metadata={"base": base.digest})
+
+    handed_on = dg.materialize(
+        [deployment.asset, downstream],
+        selection=[downstream],
+        partition_key=deployment.revision(),
+        instance=instance,
+        resources=resources() | {"none": dg.mem_io_manager},
+    )
+    [event] = handed_on.asset_materializations_for_node("downstream")
+    assert event.metadata["base"].value == ref.digest
 
     directory = deployment.store.open(ref)
     model, tokenizer = conversion.load(directory)
