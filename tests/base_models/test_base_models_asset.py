@@ -6,6 +6,7 @@ from pathlib import Path
 import dagster as dg
 import pytest
 from safetensors.torch import load_file, save_file
+from tiny_models import tiny_model
 
 from ml_assets.artifacts import ArtifactError, ArtifactRef
 from ml_assets.base_models import conversion
@@ -15,7 +16,6 @@ from ml_assets.base_models.partitions import BASE_MODELS
 from ml_assets.spec import BaseFamily, DirectoryBase
 from resources.artifact_store import ArtifactRefIOManager, ArtifactStoreResource
 from resources.base_model_hub import BaseModelHub
-from tests.tiny_models import tiny_model
 
 KEY = dg.AssetKey("base_model")
 

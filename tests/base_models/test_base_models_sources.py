@@ -11,6 +11,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from hub_server import Hub, serve_hub
+from tiny_models import tiny_gguf, tiny_model
 
 from ml_assets import downloads
 from ml_assets.artifacts import sha256_file
@@ -20,8 +22,6 @@ from ml_assets.base_models.register import current_revision, register_revisions
 from ml_assets.base_models.sources import HubAccess, SourceUnavailable, fetch
 from ml_assets.settings import Settings
 from ml_assets.spec import BaseFamily, BaseSource, DirectoryBase, GgufBase, HubBase, WheelBase
-from tests.base_models.hub_server import Hub, serve_hub
-from tests.tiny_models import tiny_gguf, tiny_model
 
 REVISION = "0123456789abcdef0123456789abcdef01234567"
 

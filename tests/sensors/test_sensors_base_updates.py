@@ -6,6 +6,7 @@ from pathlib import Path
 
 import dagster as dg
 import pytest
+from tiny_models import tiny_model
 
 from ml_assets.base_models.identity import BaseModelError, identify, revision_key
 from ml_assets.base_models.partitions import BASE_MODELS
@@ -13,7 +14,6 @@ from ml_assets.spec import BaseFamily, DirectoryBase
 from resources.base_model_hub import BaseModelHub
 from sensors import base_updates
 from sensors.base_updates import build_base_updates_sensor
-from tests.tiny_models import tiny_model
 
 
 @pytest.fixture
