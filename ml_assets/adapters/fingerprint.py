@@ -1,0 +1,67 @@
+"""Which adapter is this? Log-probabilities of a few answers, with and without it, tell one from another.
+
+A server that lost its adapter, or runs another one, answers the probes with other probabilities; so does a
+server on which the adapter loaded but changes nothing.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+TOLERANCE = 0.05
+"""Nats per token: above what number formats and thread counts change, below what an adapter changes."""
+
+MIN_EFFECT = 4 * TOLERANCE
+"""An adapter that moves no probe by this much can't be told from the bare base."""
+
+PROBES = 4
+
+
+class NoEffect(ValueError):
+    """The adapter does not change what the base says to its probes."""
+
+
+def choose_probes(messages_and_answers: Sequence[tuple[list[dict[str, str]], str]]) -> list[dict[str, Any]]:
+    """Probes from the first few training examples (their order is by row hash, so it is stable)."""
+    return [{"messages": messages, "answer": answer} for messages, answer in messages_and_answers[:PROBES]]
+
+
+def measure(base: Any, probes: Sequence[Mapping[str, Any]]) -> list[float]:
+    """Mean log-probability (nats per token) of each probe's answer under the active adapter.
+
+    `base` is an `ml_assets.engine.loading.Base`.
+    """
+    from ml_assets.engine.scoring import mean_logprobs
+
+    pairs = [(base.chat.prompt_ids(p["messages"]), base.chat.target_ids(p["answer"])) for p in probes]
+    return mean_logprobs(base, pairs)
+
+
+def make_fingerprint(
+    probes: Sequence[Mapping[str, Any]], with_adapter: Sequence[float], without: Sequence[float]
+) -> dict[str, Any]:
+    """The manifest's `fingerprint`. Raises NoEffect when the adapter moves no probe."""
+    effect = max((abs(a - b) for a, b in zip(with_adapter, without, strict=True)), default=0.0)
+    if effect < MIN_EFFECT:
+        raise NoEffect(
+            f"the adapter changes no probe's log-probability by {MIN_EFFECT} nats per token (largest change "
+            f"{effect:.3f}): it learned nothing, so it could not be told from the bare base"
+        )
+    rows = zip(probes, with_adapter, without, strict=True)
+    return {
+        "probes": [{**probe, "with": round(a, 4), "without": round(b, 4)} for probe, a, b in rows],
+        "tolerance": TOLERANCE,
+    }
+
+
+def differences(fingerprint: Mapping[str, Any], measured: Sequence[float]) -> list[float]:
+    """How far each measured value is from the fingerprint, in nats per token. Raises ValueError when the
+    number of values differs."""
+    expected = [probe["with"] for probe in fingerprint["probes"]]
+    return [abs(a - b) for a, b in zip(expected, measured, strict=True)]
+
+
+def matches(fingerprint: Mapping[str, Any], measured: Sequence[float]) -> bool:
+    """Whether measured probe values are this adapter's."""
+    if len(measured) != len(fingerprint["probes"]):
+        return False
+    return all(d <= fingerprint["tolerance"] for d in differences(fingerprint, measured))

@@ -1,0 +1,77 @@
+"""What an adapter is made of: its input key, and the manifest that travels with its weights."""
+
+import platform
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from ml_assets.artifacts import canonical_json, sha256_bytes
+from ml_assets.spec import CustomizationSpec
+
+CODE_VERSION = "1"
+"""Raise when the rendering of prompts or the choice of rows changes; the trainer has a version of its own."""
+
+
+def input_key(spec: CustomizationSpec, base_identity: str, dataset_digest: str, training_version: str) -> str:
+    """64 hex: the hash of all that goes into a training. Equal keys need no second training."""
+    parts = {
+        "customization": spec.name,
+        "base_identity": base_identity,
+        "dataset": dataset_digest,
+        "prompt": spec.prompt.model_dump(),
+        "recipe": spec.adapter.model_dump(),
+        "code": [CODE_VERSION, training_version],
+    }
+    return sha256_bytes(canonical_json(parts))
+
+
+def build_manifest(
+    *,
+    spec: CustomizationSpec,
+    base_manifest: Mapping[str, Any],
+    dataset_digest: str,
+    key: str,
+    targets: list[str],
+    training_version: str,
+    hardware_class: str,
+    steps: int,
+    trained_tokens: int,
+    fingerprint: Mapping[str, Any],
+) -> dict[str, Any]:
+    """The adapter's manifest.json. It holds nothing that differs between two trainings of the same inputs on
+    the same hardware class: times and costs are in the artifact store's index record."""
+    return {
+        "customization": spec.name,
+        "kind": "lora",
+        "base_revision": base_manifest["revision"],
+        "base_identity": base_manifest["identity"],
+        "weights_sha256": base_manifest["weights_sha256"],
+        "tokenizer_sha256": base_manifest["tokenizer_sha256"],
+        "chat_template_sha256": base_manifest["chat_template_sha256"],
+        "chat_template": base_manifest["chat_template"],
+        "dataset": dataset_digest,
+        "prompt": spec.prompt.model_dump(),
+        "recipe": spec.adapter.model_dump(),
+        "seed": spec.adapter.seed,
+        "targets": targets,
+        "code_version": f"{CODE_VERSION}.{training_version}",
+        "libraries": library_versions(),
+        "hardware_class": hardware_class,
+        "parent": None,
+        "rung": "full_training",
+        "steps": steps,
+        "trained_tokens": trained_tokens,
+        "input_key": key,
+        "fingerprint": dict(fingerprint),
+    }
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of what training runs on."""
+    found = {"python": platform.python_version()}
+    for package in ("evergreen", "torch", "transformers", "peft", "safetensors", "tokenizers", "numpy"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found

@@ -1,0 +1,45 @@
+"""Which modules a recipe adapts on a given base, and what a training will see."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ml_assets.spec import AdapterRecipe, PromptSpec
+
+
+def resolve_targets(recipe: AdapterRecipe, base_manifest: Mapping[str, Any]) -> list[str]:
+    """Name suffixes of the modules to adapt, from the base's own modules.
+
+    Raises ValueError that names the modules there are, when the recipe asks for one that the base lacks.
+    """
+    roles: dict[str, list[str]] = base_manifest["lora_targets"]
+    if isinstance(recipe.targets, str):
+        return sorted(roles[recipe.targets])
+    known = roles["all-linear"]
+    unknown = [name for name in recipe.targets if name not in known]
+    if unknown:
+        raise ValueError(
+            f"adapter.targets: {', '.join(unknown)} not in {base_manifest['revision']} "
+            f"({base_manifest['architecture']}); it has: {', '.join(known)}"
+        )
+    return sorted(recipe.targets)
+
+
+def training_examples(base: Any, prompt: PromptSpec, rows: Sequence[Mapping[str, Any]]) -> list[Any]:
+    """Tokenized `ml_assets.engine.training.Example`s of dataset rows, in their order."""
+    from ml_assets.engine.prompting import render_messages, render_target
+    from ml_assets.engine.training import Example
+
+    return [
+        Example(
+            base.chat.prompt_ids(render_messages(prompt, row)),
+            base.chat.target_ids(render_target(prompt, row)),
+            row=str(row["_row"])[:12],
+        )
+        for row in rows
+    ]
+
+
+def checkpoint_folder(home: Path, key: str) -> Path:
+    """Where an unfinished training of this input key keeps its state."""
+    return home / "checkpoints" / key

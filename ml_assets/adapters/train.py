@@ -1,0 +1,150 @@
+"""One adapter: from a dataset and a base to a published artifact, or the one that was published before."""
+
+import datetime
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ml_assets.adapters.fingerprint import choose_probes, make_fingerprint, measure
+from ml_assets.adapters.manifest import build_manifest, input_key
+from ml_assets.adapters.recipe import checkpoint_folder, resolve_targets, training_examples
+from ml_assets.artifacts import ArtifactRef, ArtifactStore, canonical_json, read_json
+from ml_assets.datasets.snapshot import load_rows
+from ml_assets.spec import CustomizationSpec
+
+KIND = "adapter"
+
+
+@dataclass(frozen=True)
+class AdapterInputs:
+    """What a training reads, opened and verified."""
+
+    spec: CustomizationSpec
+    base_directory: Path
+    base_manifest: dict[str, Any]
+    dataset_directory: Path
+    dataset_digest: str
+
+    @property
+    def key(self) -> str:
+        """The input key: 64 hex."""
+        from ml_assets.engine.training import TRAINING_VERSION
+
+        identity = self.base_manifest["identity"]
+        return input_key(self.spec, identity, self.dataset_digest, TRAINING_VERSION)
+
+
+@dataclass(frozen=True)
+class TrainedAdapter:
+    """A published adapter. `record` holds what may differ between two trainings of it: `seconds`,
+    `tokens_per_second`, `losses`, `trained_at`, `resumed_from`."""
+
+    ref: ArtifactRef
+    record: dict[str, Any]
+    reused: bool
+
+
+def open_inputs(
+    spec: CustomizationSpec, store: ArtifactStore, base_model: ArtifactRef, dataset: ArtifactRef
+) -> AdapterInputs:
+    """Open and verify what a training reads. Raises ArtifactError that names a damaged file."""
+    base_directory = store.open(base_model)
+    manifest = read_json(base_directory / "manifest.json")
+    return AdapterInputs(spec, base_directory, manifest, store.open(dataset), dataset.digest)
+
+
+def train_adapter(
+    inputs: AdapterInputs,
+    store: ArtifactStore,
+    home: Path,
+    *,
+    on_progress: Callable[[Any], None] | None = None,
+    checkpoint_seconds: float = 30.0,
+    reuse: bool = True,
+) -> TrainedAdapter:
+    """Train and publish, or find what these inputs gave before.
+
+    With `reuse=False` neither the memo nor a checkpoint is used, and the memo is left as it is. `on_progress`
+    gets `ml_assets.engine.training.Progress`.
+
+    Raises:
+        BadExample: a row is empty or too long for the base.
+        NoEffect: the adapter learned nothing.
+        OSError: the disk is full; nothing is published, and the checkpoint stays for the next run.
+    """
+    from ml_assets.engine import hardware
+    from ml_assets.engine.loading import load_base
+    from ml_assets.engine.training import TRAINING_VERSION, train_lora
+
+    key = inputs.key
+    if reuse and (known := store.recall(KIND, key)):
+        return TrainedAdapter(known[0], known[1], reused=True)
+
+    hardware.prepare_process()
+    spec = inputs.spec
+    targets = resolve_targets(spec.adapter, inputs.base_manifest)
+    base = load_base(inputs.base_directory, hardware.compute_dtype(home))
+    examples = training_examples(base, spec.prompt, load_rows(inputs.dataset_directory, "train"))
+    checkpoints = checkpoint_folder(home, key)
+    with store.staging(KIND) as staging:
+        result = train_lora(
+            base,
+            examples,
+            spec.adapter,
+            targets,
+            staging,
+            checkpoints=checkpoints if reuse else None,
+            checkpoint_seconds=checkpoint_seconds,
+            on_progress=on_progress,
+        )
+        manifest = build_manifest(
+            spec=spec,
+            base_manifest=inputs.base_manifest,
+            dataset_digest=inputs.dataset_digest,
+            key=key,
+            targets=targets,
+            training_version=TRAINING_VERSION,
+            hardware_class=hardware.hardware_class(home),
+            steps=result.steps,
+            trained_tokens=result.tokens,
+            fingerprint=_fingerprint(base, spec, inputs.dataset_directory, staging),
+        )
+        (staging / "manifest.json").write_bytes(canonical_json(manifest) + b"\n")
+        ref = store.publish_directory(KIND, staging)
+    record = {
+        "trained_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "seconds": round(result.seconds, 3),
+        "tokens_per_second": round(result.tokens / max(result.seconds, 1e-9), 1),
+        "resumed_from": result.resumed_from,
+        "losses": [round(loss, 5) for loss in result.losses],
+    }
+    if reuse:
+        store.remember(KIND, key, ref, record)
+        shutil.rmtree(checkpoints, ignore_errors=True)
+    return TrainedAdapter(ref, record, reused=False)
+
+
+def _fingerprint(base: Any, spec: CustomizationSpec, dataset: Path, adapter: Path) -> dict[str, Any]:
+    """Measure the probes bare and with the adapter as it was written, not as it was in memory."""
+    from ml_assets.engine.prompting import render_messages, render_target
+
+    rows = load_rows(dataset, "train")
+    probes = choose_probes(
+        [(render_messages(spec.prompt, row), render_target(spec.prompt, row)) for row in rows[:8]]
+    )
+    pins = {
+        "base_identity": base.manifest["identity"],
+        "tokenizer_sha256": base.manifest["tokenizer_sha256"],
+        "chat_template_sha256": base.manifest["chat_template_sha256"],
+    }
+    (adapter / "manifest.json").write_bytes(canonical_json(pins))
+    without = measure(base, probes)
+    base.attach("fingerprint", adapter)
+    try:
+        with base.active("fingerprint"):
+            with_adapter = measure(base, probes)
+    finally:
+        base.detach("fingerprint")
+    return make_fingerprint(probes, with_adapter, without)

