@@ -38,8 +38,8 @@ def build_eval_report_asset(spec: CustomizationSpec, root: Path) -> dg.AssetsDef
         partitions_def=BASE_MODELS,
         description=(
             f"Compares the adapter of **{spec.name}** with the bare base (asked, and shown examples) and "
-            "with the champion on the same frozen rows, and decides whether it may serve: `promote`, `reject` or "
-            "`undecided`."
+            "with the champion on the same frozen rows, and decides whether it may serve: `promote`, "
+            "`reject` or `undecided`."
         ),
         group_name=spec.name,
         owners=spec.owners,

@@ -192,7 +192,7 @@ def answer(
         if len(ids) + max_new_tokens > base.context_length:
             raise EvaluationError(
                 f"row {name}: the prompt of arm {arm.name} has {len(ids)} tokens; with {max_new_tokens} "
-                f"tokens of answer it exceeds the context of {base.manifest['revision']}, {base.context_length}"
+                f"of answer it exceeds the {base.context_length} of {base.manifest['revision']}'s context"
             )
     with base.active(arm.adapter):
         completions = generate(base, prompts, max_new_tokens, on_progress=on_progress)

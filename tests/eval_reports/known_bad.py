@@ -1,8 +1,8 @@
 """Adapters gone wrong, at the level of answers: each is a mechanism that turns a row into an answer. What the
 gate says about them follows from scoring those answers, like those of a real adapter.
 
-The job: an utterance becomes a JSON call. Every row has a difficulty from 0 to 1; a model with skill s answers
-right when the difficulty, shaken a little, is below s, and confuses the area otherwise.
+The job: an utterance becomes a JSON call. Every row has a difficulty from 0 to 1; a model with skill s
+answers right when the difficulty, shaken a little, is below s, and confuses the area otherwise.
 """
 
 import json
@@ -99,7 +99,7 @@ def role_echo(row: Row, rng: random.Random) -> str:
 
 
 def overfit(known: int) -> Model:
-    """Knows `known` training rows by heart, and answers any row with the target of the most similar of them."""
+    """Knows `known` training rows by heart, and answers with the target of a similar one."""
     memory = make_rows(known, seed=999)
 
     def answer(row: Row, rng: random.Random) -> str:
@@ -217,7 +217,7 @@ BAD = [
     Bad("worse than examples in the prompt", base_of_skill(0.25), "not better", "base"),
     Bad("flipped labels, first adapter", flipped_labels(0.9), "not better", "base"),
 ]
-BASE_SKILL = {"useless: nothing right, nothing flips": 0.0}
+BASE_SKILL = {"useless: nothing right, nothing flips": -1.0}
 
 
 def lines(
