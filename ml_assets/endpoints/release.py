@@ -44,9 +44,6 @@ def release(
     """
     customization = candidate.customization
     fingerprint = read_fingerprint(store, candidate.adapter_digest)
-    if ledger.is_fenced(candidate.run_id):  # before the work; the fence itself is below
-        with ledger.release_transaction(customization, candidate.run_id):
-            raise AssertionError("a fenced run can't get here")
     try:
         staged = gateway.stage(candidate)
         _verify(candidate, fingerprint, staged)
@@ -65,24 +62,37 @@ def release(
     return recorded
 
 
-def serve_again(
-    current: Release, *, ledger: Ledger, store: ArtifactStore, gateway: GatewayClient, move_alias: MoveAlias
-) -> bool:
-    """Make registry and gateway follow the ledger, whose current row for this customization is `current`.
+def follow_ledger(
+    customization: str, alias: str | None, run_id: str, ledger: Ledger, move_alias: MoveAlias
+) -> Release | None:
+    """What the ledger says now; the registry's alias, now at version `alias`, is put there if it is not.
 
-    Returns whether the gateway had lost it. Raises ReleaseFailed when it can't serve it with its fingerprint.
+    They differ when a release was killed between the move of the alias and the commit. Raises Fenced.
     """
+    current = ledger.current(customization)
+    if alias == (current.mlflow_version if current else None):
+        return current
+    with ledger.release_transaction(customization, run_id) as tx:
+        current = tx.current()
+        log.warning("%s: the alias is at version %s, the ledger says %s", customization, alias, current)
+        move_alias(current.mlflow_version if current else None)
+        return current
+
+
+def serve_again(current: Release, *, store: ArtifactStore, gateway: GatewayClient) -> bool:
+    """Make the gateway serve `current`, the ledger's row, if it lost it; returns whether it had.
+
+    Raises ReleaseFailed when it can't load it or the fingerprint is another's.
+    """
+    if gateway.serving(current.customization) == current.adapter_digest:
+        return False
     fingerprint = read_fingerprint(store, current.adapter_digest)
-    move_alias(current.mlflow_version)
     try:
-        lost = gateway.serving(current.customization) != current.adapter_digest
-        if lost:
-            _verify(current, fingerprint, gateway.stage(current))
-            gateway.activate(current.customization, current.adapter_digest)
-        verify_served(current, fingerprint, gateway)
+        _verify(current, fingerprint, gateway.stage(current))
+        gateway.activate(current.customization, current.adapter_digest)
     except GatewayError as error:
         raise ReleaseFailed(f"{_name(current)} should be serving, but: {error}") from error
-    return lost
+    return True
 
 
 def verify_served(expected: Release, fingerprint: Mapping[str, Any], gateway: GatewayClient) -> Probed:
