@@ -3,20 +3,77 @@
 Nothing here reads data or imports Dagster; `ml_assets.customization` turns a `CustomizationSpec` into assets.
 """
 
+import math
 import re
+from statistics import NormalDist
 from string import Formatter
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    field_serializer,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
 
 NAME = r"^[a-z][a-z0-9_]*$"
 FAMILY = r"^[a-z0-9][a-z0-9._-]*$"
+CALLABLE = r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*$"
+REQUIREMENT = r"^[A-Za-z0-9._-]+==[A-Za-z0-9.!+_-]+$"
+COMMIT = r"^[0-9a-f]{40}$"
+DURATION = r"^[1-9]\d*[mhd]$"
+# what an error says instead of the pattern
+PATTERN_WORDS = {
+    NAME: "lower-case letters, digits and underscores, starting with a letter",
+    FAMILY: "lower-case letters, digits, '.', '_' and '-', starting with a letter or digit",
+    CALLABLE: "'package.module:function'",
+    REQUIREMENT: "a pinned requirement such as 'package==1.2.3'",
+    COMMIT: "a full commit hash (40 characters of 0-9 and a-f)",
+    DURATION: "a duration such as '90m', '36h' or '7d'",
+}
+# used by other groups of the asset graph and other jobs than a customization's
+RESERVED_NAMES = {"base_model", "base_models", "fleet"}
 
 
 class Block(BaseModel):
     """A block of a defs.yaml: unknown fields are errors."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_boolean(cls, values: Any) -> Any:
+        for name, value in values.items() if isinstance(values, dict) else ():
+            if isinstance(value, bool):  # no field is one, but pydantic would take it for the number 0 or 1
+                raise _wrong(
+                    str(name),
+                    f"expected no boolean, found {str(value).lower()}; "
+                    "quote words such as yes, no, on and off",
+                )
+        return values
+
+
+def without_password(url: str) -> str:
+    """The URL with `***` for its password: what may be shown and stored."""
+    return re.sub(r"(://[^:/@\s]*):[^@/\s]*@", r"\1:***@", url)
+
+
+def _wrong(at: str, message: str) -> PydanticCustomError:
+    """An error of the field `at` (such as `metrics.0`) below the block that is being validated."""
+    return PydanticCustomError("at_field", "{message}", {"at": at, "message": message})
+
+
+SHAPES = {"word", "list", "block"}
+
+
+def _shape(value: Any) -> str:
+    """Chooses the branch of a union, so that an error speaks of what was meant."""
+    return {list: "list", dict: "block"}.get(type(value), "block" if isinstance(value, Block) else "word")
 
 
 # -- base models ---------------------------------------------------------------------------------------
@@ -26,14 +83,14 @@ class DirectoryBase(Block):
     """A local directory in the Hugging Face layout (config.json, tokenizer files, *.safetensors)."""
 
     kind: Literal["directory"]
-    path: str
+    path: str = Field(description="folder")
 
 
 class GgufBase(Block):
     """One GGUF file."""
 
     kind: Literal["gguf"]
-    path: str
+    path: str = Field(description="file")
 
 
 class WheelBase(Block):
@@ -41,8 +98,8 @@ class WheelBase(Block):
     downloaded without its dependencies."""
 
     kind: Literal["wheel"]
-    path: str | None = None
-    requirement: str | None = Field(default=None, pattern=r"^[A-Za-z0-9._-]+==[A-Za-z0-9.!+_-]+$")
+    path: str | None = Field(default=None, description="wheel file")
+    requirement: str | None = Field(default=None, pattern=REQUIREMENT, description="such as `package==1.2.3`")
     member: str | None = Field(
         default=None, description="the GGUF file or folder in it; default: the only one"
     )
@@ -58,8 +115,8 @@ class HubBase(Block):
     """A Hugging Face hub repository at a pinned commit."""
 
     kind: Literal["hub"]
-    repo: str
-    revision: str = Field(pattern=r"^[0-9a-f]{40}$", description="full commit hash: a branch can move")
+    repo: str = Field(description="such as `HuggingFaceTB/SmolLM2-135M-Instruct`")
+    revision: str = Field(pattern=COMMIT, description="full commit hash: a branch can move")
 
 
 BaseSource = Annotated[DirectoryBase | GgufBase | WheelBase | HubBase, Field(discriminator="kind")]
@@ -68,15 +125,24 @@ BaseSource = Annotated[DirectoryBase | GgufBase | WheelBase | HubBase, Field(dis
 class BaseFamily(Block):
     """A base model that customizations can follow; its revisions are partitions `name@<12 hex>`."""
 
-    name: str = Field(pattern=FAMILY)
-    source: BaseSource
-    description: str = ""
+    name: str = Field(pattern=FAMILY, description="what customizations list under `base_models`")
+    source: BaseSource = Field(description="where its weights are")
+    description: str = Field(default="", description="shown in the UI")
 
 
 class BaseModelsSpec(Block):
-    """Attributes of `ml_assets.BaseModels`."""
+    """Attributes of `ml_assets.BaseModels`: the base models that customizations can follow."""
 
-    families: list[BaseFamily] = Field(min_length=1)
+    families: list[BaseFamily] = Field(min_length=1, description="one entry for each family")
+
+    @field_validator("families")
+    @classmethod
+    def _distinct(cls, families: list[BaseFamily]) -> list[BaseFamily]:
+        names = [family.name for family in families]
+        for index, name in enumerate(names):
+            if name in names[:index]:
+                raise _wrong(f"{index}.name", f"expected distinct names, found {name!r} again")
+        return families
 
 
 # -- source and dataset --------------------------------------------------------------------------------
@@ -86,33 +152,41 @@ class FileSource(Block):
     """JSONL, CSV or Parquet files: a path, glob or fsspec URL. Relative paths start at the defs.yaml."""
 
     kind: Literal["jsonl", "csv", "parquet"]
-    path: str
+    path: str = Field(description="file, glob or fsspec URL")
+
+    @field_serializer("path")
+    def _hide_password(self, path: str) -> str:
+        return without_password(path)
 
 
 class SqlSource(Block):
     """Rows of a query."""
 
     kind: Literal["sql"]
-    url: str = Field(description="SQLAlchemy URL; keep passwords out of it with {{ env.NAME }}")
-    query: str
+    url: str = Field(description="SQLAlchemy URL; keep passwords out of the file with `{{ env.NAME }}`")
+    query: str = Field(description="a SELECT; its columns are those of the source")
+
+    @field_serializer("url")
+    def _hide_password(self, url: str) -> str:
+        return without_password(url)
 
 
 class HuggingFaceSource(Block):
     """A split of a Hugging Face dataset at a pinned revision."""
 
     kind: Literal["huggingface"]
-    id: str
-    revision: str
-    split: str = "train"
-    config: str | None = None
+    id: str = Field(description="such as `owner/dataset`")
+    revision: str = Field(description="commit hash or tag: a branch can move")
+    split: str = Field(default="train", description="split of the data set to read")
+    config: str | None = Field(default=None, description="configuration (subset) of the data set")
 
 
 class PythonSource(Block):
     """`package.module:function`, called with `args`; it returns an iterable of dicts or a DataFrame."""
 
     kind: Literal["python"]
-    callable: str = Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")
-    args: dict[str, Any] = Field(default_factory=dict)
+    callable: str = Field(pattern=CALLABLE, description="`package.module:function`")
+    args: dict[str, Any] = Field(default_factory=dict, description="keyword arguments")
 
 
 Source = Annotated[FileSource | SqlSource | HuggingFaceSource | PythonSource, Field(discriminator="kind")]
@@ -126,12 +200,21 @@ class DatasetSpec(Block):
         default=None,
         description="column whose rows stay on one side of the split (a conversation, a template)",
     )
-    near_duplicate: float = Field(default=0.9, gt=0, le=1, description="Jaccard similarity of shingles")
-    redact: (
-        list[Literal["email", "phone", "credit_card", "iban", "ip_address", "api_key"]] | Literal["presidio"]
-    ) = Field(default_factory=lambda: ["email", "phone", "credit_card", "iban", "ip_address", "api_key"])
-    min_train_rows: int = Field(default=20, ge=1)
-    min_evaluation_rows: int = Field(default=10, ge=1)
+    near_duplicate: float = Field(
+        default=0.9, gt=0, le=1, description="Jaccard similarity of shingles from which two rows are one"
+    )
+    redact: Annotated[
+        Annotated[
+            list[Literal["email", "phone", "credit_card", "iban", "ip_address", "api_key"]], Tag("list")
+        ]
+        | Annotated[Literal["presidio"], Tag("word")],
+        Discriminator(_shape),
+    ] = Field(
+        default_factory=lambda: ["email", "phone", "credit_card", "iban", "ip_address", "api_key"],
+        description="personal data to replace: patterns, or `presidio` where it is installed; `[]` for none",
+    )
+    min_train_rows: int = Field(default=20, ge=1, description="fewer block training")
+    min_evaluation_rows: int = Field(default=10, ge=1, description="fewer block training")
     max_bad_share: float = Field(
         default=0.0, ge=0, lt=1, description="share of rows that may break the schema and are left out"
     )
@@ -143,9 +226,9 @@ class DatasetSpec(Block):
 class PromptSpec(Block):
     """What the model is told and what it should answer: `{column}` stands for a column of the source."""
 
-    system: str | None = None
-    user: str
-    target: str
+    system: str | None = Field(default=None, description="system message")
+    user: str = Field(description="user message")
+    target: str = Field(description="the answer to learn")
 
     def columns(self) -> dict[str, list[str]]:
         """Columns that each template names, in order: {"user": [...], "target": [...], "system": [...]}."""
@@ -173,42 +256,48 @@ class PromptSpec(Block):
 def template_columns(text: str) -> list[str]:
     """The columns that a template names. Raises ValueError on a brace that does not close or a field that is
     not a plain column name (write `{{` for a brace)."""
+    hint = "write '{{' and '}}' for literal braces"
     try:
-        fields = [field for _, field, _, _ in Formatter().parse(text) if field is not None]
+        fields = [field for field in Formatter().parse(text) if field[1] is not None]
     except ValueError as error:
-        raise ValueError(f"{text!r}: {error}; write '{{{{' for a literal brace") from error
-    for field in fields:
-        if not re.fullmatch(r"[A-Za-z_]\w*", field):
-            raise ValueError(f"{text!r}: expected a column name in braces, found {{{field}}}")
-    return list(dict.fromkeys(fields))
+        raise ValueError(f"{text!r}: {error}; {hint}") from error
+    for _, name, form, conversion in fields:
+        if form or conversion or not re.fullmatch(r"[A-Za-z_]\w*", name or ""):
+            shown = f"{name}{f'!{conversion}' if conversion else ''}{f':{form}' if form else ''}"
+            raise ValueError(f"{text!r}: expected a column name in braces, found {{{shown}}}; {hint}")
+    return list(dict.fromkeys(str(name) for _, name, _, _ in fields))
 
 
 class AdapterRecipe(Block):
     """LoRA recipe. All of it is part of an adapter's input key."""
 
-    rank: int = Field(default=16, ge=1, le=1024)
-    alpha: float = Field(default=32, gt=0)
-    dropout: float = Field(default=0.0, ge=0, lt=1)
-    targets: Literal["all-linear", "attention"] | list[str] = Field(
-        default="all-linear", description="modules by role, or name suffixes; resolved from the model"
-    )
-    epochs: float | None = Field(default=None, gt=0, description="default 3, unless 'steps' is given")
-    steps: int | None = Field(default=None, ge=1)
+    rank: int = Field(default=16, ge=1, le=1024, description="rank of the update matrices")
+    alpha: float = Field(default=32, gt=0, description="the update is scaled by alpha / rank")
+    dropout: float = Field(default=0.0, ge=0, lt=1, description="on the adapter's input")
+    targets: Annotated[
+        Annotated[Literal["all-linear", "attention"], Tag("word")]
+        | Annotated[list[str], Field(min_length=1), Tag("list")],
+        Discriminator(_shape),
+    ] = Field(default="all-linear", description="modules by role, or name suffixes; resolved from the model")
+    epochs: float | None = Field(default=None, gt=0, description="default 3, unless `steps` is given")
+    steps: int | None = Field(default=None, ge=1, description="optimizer steps, instead of `epochs`")
     batch_tokens: int = Field(default=1024, ge=1, description="tokens of one optimizer step")
     max_length: int | None = Field(
         default=None, ge=8, description="longest example in tokens; default: the base's context"
     )
-    learning_rate: float = Field(default=1e-3, gt=0)
-    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    learning_rate: float = Field(default=1e-3, gt=0, description="the highest of the schedule")
+    schedule: Literal["linear", "cosine", "constant"] = Field(
+        default="linear", description="of the learning rate, after the warm-up"
+    )
     warmup: float = Field(default=0.05, ge=0, lt=1, description="share of the steps")
-    weight_decay: float = Field(default=0.0, ge=0)
-    max_grad_norm: float = Field(default=1.0, gt=0)
-    seed: int = 0
+    weight_decay: float = Field(default=0.0, ge=0, description="of AdamW")
+    max_grad_norm: float = Field(default=1.0, gt=0, description="larger gradients are clipped")
+    seed: int = Field(default=0, ge=0, description="of the initial weights, the order of rows and dropout")
 
     @model_validator(mode="after")
     def _length(self) -> "AdapterRecipe":
         if self.epochs is not None and self.steps is not None:
-            raise ValueError("expected 'epochs' or 'steps', not both")
+            raise _wrong("steps", "expected 'epochs' or 'steps', found both")
         return self
 
 
@@ -216,14 +305,24 @@ class AdapterRecipe(Block):
 
 
 class ValueSpec(Block):
-    """What answers are worth, in `currency`; a refused answer is one that matches `refusal`."""
+    """What one answer is worth, in `currency`; a refused answer is one that matches `refusal`."""
 
-    right: float = 1.0
-    wrong: float = 0.0
-    refused: float = 0.0
+    right: float = Field(default=1.0, description="worth of a right answer")
+    wrong: float = Field(default=0.0, description="worth of a wrong answer; negative if it does harm")
+    refused: float = Field(default=0.0, description="worth of a refused answer")
     per_1000_tokens: float = Field(default=0.0, ge=0, description="serving cost")
-    currency: str = "EUR"
+    currency: str = Field(default="EUR", description="shown in reports")
     refusal: str | None = Field(default=None, description="regular expression")
+
+    @model_validator(mode="after")
+    def _right_pays(self) -> "ValueSpec":
+        if self.right <= self.wrong:
+            raise _wrong(
+                "right" if "right" in self.model_fields_set else "wrong",
+                f"expected a right answer to be worth more than a wrong one, found right: {self.right}, "
+                f"wrong: {self.wrong}",
+            )
+        return self
 
     @field_validator("refusal")
     @classmethod
@@ -243,9 +342,15 @@ class GateSpec(Block):
     margin: float = Field(
         default=0.02, gt=0, lt=1, description="largest loss of the metric that is acceptable"
     )
-    min_gain: float = Field(default=0.0, ge=0, lt=1)
-    alpha: float = Field(default=0.05, gt=0, lt=0.5)
-    power: float = Field(default=0.8, gt=0.5, lt=1)
+    min_gain: float = Field(
+        default=0.0, ge=0, lt=1, description="how much better than the bare base the first adapter must be"
+    )
+    alpha: float = Field(
+        default=0.05, gt=0, lt=0.5, description="largest chance of promoting a candidate worse by the margin"
+    )
+    power: float = Field(
+        default=0.8, gt=0.5, lt=1, description="chance of promoting an equal one, for the rows it asks for"
+    )
     max_negative_flips: float = Field(
         default=0.1,
         ge=0,
@@ -258,23 +363,28 @@ class GateSpec(Block):
         description="largest rise of the negative log-likelihood of neutral text, nats per token",
     )
 
-    @model_validator(mode="after")
-    def _possible(self) -> "GateSpec":
-        if self.alpha >= self.power:
-            raise ValueError(f"impossible gate: power {self.power} must be above alpha {self.alpha}")
-        return self
+    def fewest_rows(self) -> int:
+        """Rows from which a candidate without a single flip can be shown to be non-inferior.
+
+        Tango's score bound for the difference of two paired proportions (Statistics in Medicine 17, 1998)
+        is z^2 / (n + z^2) when no pair differs; it must stay below the margin.
+        """
+        z = NormalDist().inv_cdf(1 - self.alpha)
+        return math.ceil(z * z * (1 - self.margin) / self.margin)
 
 
 class PythonMetric(Block):
     """`package.module:function(expected: str, answer: str, row: dict) -> float in 0..1`."""
 
-    callable: str = Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")
+    callable: str = Field(pattern=CALLABLE, description="`package.module:function`")
 
 
-Metric = (
-    Literal["exact_match", "json_valid", "json_field_f1", "accuracy", "macro_f1", "chrf", "rouge_l"]
-    | PythonMetric
-)
+MetricName = Literal["exact_match", "json_valid", "json_field_f1", "accuracy", "macro_f1", "chrf", "rouge_l"]
+Metric = Annotated[
+    Annotated[MetricName, Tag("word")] | Annotated[PythonMetric, Tag("block")], Discriminator(_shape)
+]
+# right or wrong for each row, so that the gate uses Tango's bound
+BINARY_METRICS = {"exact_match", "json_valid", "accuracy"}
 DEFAULT_METRICS: dict[str, list[str]] = {
     "classification": ["accuracy", "macro_f1"],
     "json": ["exact_match", "json_field_f1", "json_valid"],
@@ -285,7 +395,9 @@ DEFAULT_METRICS: dict[str, list[str]] = {
 class EvaluationSpec(Block):
     """How answers are judged. The first metric decides in the gate."""
 
-    task: Literal["classification", "json", "text"]
+    task: Literal["classification", "json", "text"] = Field(
+        description="kind of answer; chooses the default metrics"
+    )
     metrics: list[Metric] = Field(default_factory=list, description="default: those of the task kind")
     segments: list[str] = Field(default_factory=list, description="columns by which results are broken down")
     cluster: str | None = Field(default=None, description="column of rows that are not independent")
@@ -297,13 +409,25 @@ class EvaluationSpec(Block):
     max_new_tokens: int | None = Field(
         default=None, ge=1, description="default: the longest training target and a quarter more"
     )
-    value: ValueSpec = Field(default_factory=ValueSpec)
-    gate: GateSpec = Field(default_factory=GateSpec)
+    value: ValueSpec = Field(default_factory=ValueSpec, description="what answers are worth")
+    gate: GateSpec = Field(default_factory=GateSpec, description="when a candidate may serve")
 
     @model_validator(mode="after")
     def _metrics_fit(self) -> "EvaluationSpec":
         if self.metrics and self.metrics[0] == "macro_f1":
-            raise ValueError("metrics: macro_f1 has no score per row, so it can't come first and decide")
+            raise _wrong(
+                "metrics.0",
+                "expected another metric before macro_f1: the first one decides row by row, and macro_f1 has "
+                "no score for a row",
+            )
+        fewest = self.gate.fewest_rows()
+        if self.max_rows and self.max_rows < fewest and self.resolved_metrics()[0] in BINARY_METRICS:
+            raise _wrong(
+                "max_rows" if "max_rows" in self.model_fields_set else "gate.margin",
+                f"impossible gate: with max_rows {self.max_rows} even a candidate that changes no answer "
+                f"can't be shown to stay within margin {self.gate.margin} at alpha {self.gate.alpha}; "
+                f"expected max_rows of at least {fewest}, or a wider margin",
+            )
         return self
 
     def resolved_metrics(self) -> list[Metric]:
@@ -317,40 +441,55 @@ class EvaluationSpec(Block):
 class FreshnessSpec(Block):
     """Dagster freshness policies. Durations such as `36h` or `7d`."""
 
-    dataset: str | None = Field(default=None, pattern=r"^\d+[mhd]$")
-    endpoint: str | None = Field(default=None, pattern=r"^\d+[mhd]$")
+    dataset: str | None = Field(default=None, pattern=DURATION, description="how old the snapshot may get")
+    endpoint: str | None = Field(default=None, pattern=DURATION, description="how old the release may get")
 
 
 class EndpointSpec(Block):
     """Serving limits."""
 
-    max_new_tokens: int = Field(default=256, ge=1)
+    max_new_tokens: int = Field(default=256, ge=1, description="longest answer")
     max_prompt_tokens: int | None = Field(default=None, ge=1, description="default: the base's context")
 
 
 class CustomizationSpec(Block):
     """Attributes of `ml_assets.Customization`: one adaptation of language models to one job."""
 
-    name: str = Field(
-        pattern=NAME, description="lower case, digits, underscore; the model name at the endpoint"
+    name: str = Field(pattern=NAME, description="the model name at the endpoint")
+    description: str = Field(default="", description="Markdown, shown in the UI")
+    owners: list[str] = Field(default_factory=list, description="`team:name` or an e-mail address")
+    source: Source = Field(description="where its rows come from")
+    dataset: DatasetSpec = Field(default_factory=DatasetSpec, description="how rows become a snapshot")
+    prompt: PromptSpec = Field(description="what the model is told and should answer")
+    base_models: list[str] = Field(
+        min_length=1, description="families declared by `ml_assets.BaseModels` to follow"
     )
-    description: str = ""
-    owners: list[str] = Field(default_factory=list, description="team:name or an e-mail address")
-    source: Source
-    dataset: DatasetSpec = Field(default_factory=DatasetSpec)
-    prompt: PromptSpec
-    base_models: list[str] = Field(min_length=1, description="families of ml_assets.BaseModels to follow")
-    adapter: AdapterRecipe = Field(default_factory=AdapterRecipe)
-    evaluation: EvaluationSpec
-    freshness: FreshnessSpec = Field(default_factory=FreshnessSpec)
-    endpoint: EndpointSpec = Field(default_factory=EndpointSpec)
+    adapter: AdapterRecipe = Field(default_factory=AdapterRecipe, description="how it is trained")
+    evaluation: EvaluationSpec = Field(description="how answers are judged")
+    freshness: FreshnessSpec = Field(default_factory=FreshnessSpec, description="how old it may get")
+    endpoint: EndpointSpec = Field(default_factory=EndpointSpec, description="serving limits")
+
+    @field_validator("name")
+    @classmethod
+    def _not_reserved(cls, name: str) -> str:
+        if name in RESERVED_NAMES:
+            raise ValueError(f"expected another name: {name!r} is used by the project itself")
+        return name
+
+    @field_validator("base_models")
+    @classmethod
+    def _distinct(cls, families: list[str]) -> list[str]:
+        for index, family in enumerate(families):
+            if family in families[:index]:
+                raise _wrong(str(index), f"expected distinct families, found {family!r} again")
+        return families
 
     @field_validator("owners")
     @classmethod
     def _owners(cls, owners: list[str]) -> list[str]:
-        for owner in owners:
+        for index, owner in enumerate(owners):
             if not re.fullmatch(r"team:[\w.-]+|[^@\s]+@[^@\s]+\.[^@\s]+", owner):
-                raise ValueError(f"{owner!r}: expected 'team:<name>' or an e-mail address")
+                raise _wrong(str(index), f"expected 'team:<name>' or an e-mail address, found {owner!r}")
         return owners
 
     def columns(self) -> list[str]:

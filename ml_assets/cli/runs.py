@@ -28,7 +28,9 @@ mutation ($parameters: ExecutionParams!) {
   }
 }
 """
-PARTITIONED = "query ($keys: [AssetKeyInput!]!) { assetNodes(assetKeys: $keys) { assetKey { path } isPartitioned } }"
+PARTITIONED = (
+    "query ($keys: [AssetKeyInput!]!) { assetNodes(assetKeys: $keys) { assetKey { path } isPartitioned } }"
+)
 STALENESS = """
 query ($keys: [AssetKeyInput!]!, $partition: String) {
   assetNodes(assetKeys: $keys) { assetKey { path } staleStatus(partition: $partition) }

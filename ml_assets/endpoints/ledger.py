@@ -1,8 +1,8 @@
 """Which adapter version serves which customization, since when, moved by whom and on which report.
 
 The ledger is append-only and is the truth that the gateway follows: a release counts when its row is
-committed. SQLite (in WAL mode) by default, any SQLAlchemy URL. The same database holds the API keys of the gateway
-(`ml_assets.endpoints.gateway.keys`) and the runs that may no longer release anything (the fence).
+committed. SQLite (in WAL mode) by default, any SQLAlchemy URL. The same database holds the API keys of the
+gateway (`ml_assets.endpoints.gateway.keys`) and the runs that may no longer release anything (the fence).
 """
 
 import contextlib

@@ -1,0 +1,56 @@
+"""The code location: everything below a defs folder, with this deployment's resources."""
+
+from pathlib import Path
+
+import dagster as dg
+from resources.gateway import GatewayResource
+from resources.ledger import LedgerResource
+
+from ml_assets.adapters.reproduce import build_reproduce_job
+from ml_assets.customization import Customization
+from ml_assets.mistakes import SpecError
+from resources.artifact_store import ArtifactRefIOManager, ArtifactStoreResource
+from resources.base_model_hub import BaseModelHub
+from resources.mlflow_tracking import MlflowTracking
+
+
+def build_definitions(project: Path) -> dg.Definitions:
+    """The definitions of the project around `project` (a path below its pyproject.toml or dg.toml).
+
+    Raises SpecError, one line for each mistake in its files.
+    """
+    folder = _load(project)
+    tree = folder.component_tree
+    specs = [component.spec for component in tree.get_all_components(Customization)] if tree else []
+    deployment = dg.Definitions(
+        resources={
+            "artifact_store": ArtifactStoreResource(),
+            "io_manager": ArtifactRefIOManager(),
+            "mlflow_tracking": MlflowTracking(),
+            "ledger": LedgerResource(),
+            "gateway": GatewayResource(),
+            "base_model_hub": BaseModelHub(),
+        },
+        jobs=[build_reproduce_job(specs)] if specs else [],
+        # one process for each run: heavy imports and the base model are loaded once, not for every step
+        executor=dg.in_process_executor,
+    )
+    return dg.Definitions.merge(folder, deployment)
+
+
+def _load(project: Path) -> dg.Definitions:
+    try:
+        return dg.load_from_defs_folder(path_within_project=project)
+    except Exception as error:
+        # Dagster wraps what a component raises in one exception for each folder above it
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, SpecError):
+            cause = cause.__cause__
+        if cause is None:
+            raise
+        raise cause.with_traceback(None) from None
+
+
+@dg.definitions
+def defs() -> dg.Definitions:
+    return build_definitions(Path(__file__).parent)

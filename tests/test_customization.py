@@ -1,0 +1,495 @@
+"""The component as a user meets it: real files through the real loader and the `dg` program."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import dagster as dg
+import pytest
+
+from ml_assets.customization import Customization
+from ml_assets.mistakes import SpecError
+from tests.customizations import COLOURS_YAML, Project, base_models_yaml, colour_rows
+
+REPOSITORY = Path(__file__).parent.parent
+NAMES_OF_METRICS = "'exact_match', 'json_valid', 'json_field_f1', 'accuracy', 'macro_f1', 'chrf' or 'rouge_l'"
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Project:
+    project = Project.create(tmp_path)
+    project.write("bases", base_models_yaml({"tiny": tmp_path / "tiny", "large": tmp_path / "large"}))
+    project.write("colours", COLOURS_YAML, colour_rows(30))
+    return project
+
+
+def run_dg(project: Project, *arguments: str) -> subprocess.CompletedProcess[str]:
+    path = os.pathsep.join([str(project.root), str(REPOSITORY)])
+    return subprocess.run(
+        [str(Path(sys.executable).parent / "dg"), *arguments],
+        cwd=project.root,
+        env=os.environ | {"PYTHONPATH": path, "COLUMNS": "200", "DAGSTER_DISABLE_TELEMETRY": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+# what is replaced in COLOURS_YAML, by what, the line and the whole message that follows `file:line: `
+MISTAKES = {
+    "unknown field": (
+        "  owners: [team:shop]",
+        "  owner: [team:shop]",
+        4,
+        "owner: unknown field; expected one of: name, description, owners, source, dataset, prompt, "
+        "base_models, adapter, evaluation, freshness, endpoint (did you mean 'owners'?)",
+    ),
+    "unknown field of a source": (
+        "    path: rows.jsonl",
+        "    pth: rows.jsonl\n    path: rows.jsonl",
+        7,
+        "source.pth: unknown field; expected one of: kind, path (did you mean 'path'?)",
+    ),
+    "unknown field of a nested block": (
+        "    task: classification",
+        "    task: classification\n    gate: {margn: 0.1}",
+        14,
+        "evaluation.gate.margn: unknown field; expected one of: margin, min_gain, alpha, power, "
+        "max_negative_flips, max_forgetting (did you mean 'margin'?)",
+    ),
+    "missing field": (
+        '    target: "{colour}"\n',
+        "",
+        8,
+        "prompt.target: required field is missing: the answer to learn",
+    ),
+    "missing block": (
+        '  prompt:\n    user: "{text}"\n    target: "{colour}"\n',
+        "",
+        2,
+        "prompt: required field is missing: what the model is told and should answer",
+    ),
+    "wrong type": (
+        "  evaluation:",
+        "  adapter:\n    rank: four\n  evaluation:",
+        13,
+        "adapter.rank: expected a valid integer, unable to parse string as an integer, found 'four'",
+    ),
+    "a number out of range": (
+        "  evaluation:",
+        "  adapter:\n    dropout: 1.5\n  evaluation:",
+        13,
+        "adapter.dropout: expected less than 1, found 1.5",
+    ),
+    "a word that YAML takes for a boolean": (
+        '    user: "{text}"',
+        '    user: "{text}"\n    system: no',
+        10,
+        "prompt.system: expected no boolean, found false; quote words such as yes, no, on and off",
+    ),
+    "a block where text belongs": (
+        '    user: "{text}"',
+        "    user: {text}",
+        9,
+        "prompt.user: expected a valid string, found {'text': None}",
+    ),
+    "text where a block belongs": (
+        "    kind: jsonl\n    path: rows.jsonl",
+        "    rows.jsonl",
+        5,
+        "source: expected a block of fields with a kind (jsonl, csv, parquet, sql, huggingface, python), "
+        "found 'rows.jsonl'",
+    ),
+    "unknown kind of source": (
+        "kind: jsonl",
+        "kind: json",
+        6,
+        "source.kind: expected one of: jsonl, csv, parquet, sql, huggingface, python; found 'json' "
+        "(did you mean 'jsonl'?)",
+    ),
+    "no kind of source": (
+        "    kind: jsonl\n",
+        "",
+        5,
+        "source.kind: required field is missing; expected one of: jsonl, csv, parquet, sql, huggingface, "
+        "python",
+    ),
+    "bad name": (
+        "name: colours",
+        "name: My Colours",
+        3,
+        "name: expected lower-case letters, digits and underscores, starting with a letter, "
+        "found 'My Colours'",
+    ),
+    "reserved name": (
+        "name: colours",
+        "name: base_models",
+        3,
+        "name: expected another name: 'base_models' is used by the project itself",
+    ),
+    "bad owner": (
+        "owners: [team:shop]",
+        "owners:\n    - team:shop\n    - anna",
+        6,
+        "owners.1: expected 'team:<name>' or an e-mail address, found 'anna'",
+    ),
+    "brace that does not close": (
+        "{text}",
+        "{text",
+        9,
+        "prompt.user: '{text': expected '}' before end of string; write '{{' and '}}' for literal braces",
+    ),
+    "no column in the prompt": (
+        "{text}",
+        "text",
+        9,
+        "prompt.user: expected at least one {column} of the source in 'text'",
+    ),
+    "column that the source lacks": (
+        "{text}",
+        "{txt}",
+        9,
+        "prompt.user: column 'txt' is not in the source; it has: text, colour, place (did you mean 'text'?)",
+    ),
+    "segment that the source lacks": (
+        "    task: classification",
+        "    task: classification\n    segments:\n      - place\n      - language",
+        16,
+        "evaluation.segments.1: column 'language' is not in the source; it has: text, colour, place",
+    ),
+    "group that the source lacks": (
+        "  evaluation:",
+        "  dataset: {group_by: plaice}\n  evaluation:",
+        12,
+        "dataset.group_by: column 'plaice' is not in the source; it has: text, colour, place "
+        "(did you mean 'place'?)",
+    ),
+    "unknown base model": (
+        "base_models: [tiny]",
+        "base_models: [tiny, lagre]",
+        11,
+        "base_models.1: base model 'lagre' is not declared; the project declares: tiny, large "
+        "(did you mean 'large'?)",
+    ),
+    "no base model": (
+        "base_models: [tiny]",
+        "base_models: []",
+        11,
+        "base_models: expected at least 1 item, found []",
+    ),
+    "gate that can't be passed": (
+        "    task: classification",
+        "    task: classification\n    max_rows: 100",
+        14,
+        "evaluation.max_rows: impossible gate: with max_rows 100 even a candidate that changes no answer "
+        "can't be shown to stay within margin 0.02 at alpha 0.05; expected max_rows of at least 133, or a "
+        "wider margin",
+    ),
+    "value that rewards wrong answers": (
+        "    task: classification",
+        "    task: classification\n    value:\n      wrong: 2",
+        15,
+        "evaluation.value.wrong: expected a right answer to be worth more than a wrong one, found "
+        "right: 1.0, wrong: 2.0",
+    ),
+    "unknown metric": (
+        "    task: classification",
+        "    task: classification\n    metrics: [acuracy]",
+        14,
+        f"evaluation.metrics.0: expected {NAMES_OF_METRICS}, found 'acuracy' (did you mean 'accuracy'?)",
+    ),
+    "metric that can't decide": (
+        "    task: classification",
+        "    task: classification\n    metrics: [macro_f1]",
+        14,
+        "evaluation.metrics.0: expected another metric before macro_f1: the first one decides row by row, "
+        "and macro_f1 has no score for a row",
+    ),
+    "metric without a function": (
+        "    task: classification",
+        "    task: classification\n    metrics:\n      - callable: helpers.shouting:is_loud",
+        15,
+        "evaluation.metrics.0.callable: 'helpers.shouting:is_loud': there is no module 'helpers' on the "
+        "Python path",
+    ),
+    "epochs and steps": (
+        "  evaluation:",
+        "  adapter:\n    epochs: 2\n    steps: 100\n  evaluation:",
+        14,
+        "adapter.steps: expected 'epochs' or 'steps', found both",
+    ),
+    "bad duration": (
+        "  evaluation:",
+        "  freshness: {dataset: daily}\n  evaluation:",
+        12,
+        "freshness.dataset: expected a duration such as '90m', '36h' or '7d', found 'daily'",
+    ),
+    "unset variable": (
+        "path: rows.jsonl",
+        'path: "{{ env.EVERGREEN_TEST_NOWHERE }}/rows.jsonl"',
+        7,
+        "source.path: environment variable EVERGREEN_TEST_NOWHERE is not set",
+    ),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_one_line_with_file_line_and_expectation(project: Project, mistake: str) -> None:
+    old, new, line, message = MISTAKES[mistake]
+    assert old in COLOURS_YAML
+    file = project.write("colours", COLOURS_YAML.replace(old, new, 1))
+    with pytest.raises(SpecError) as error:
+        project.definitions()
+    assert str(error.value) == f"{file}:{line}: {message}"
+
+
+def test_all_mistakes_of_a_file_are_told_at_once(project: Project) -> None:
+    file = project.write(
+        "colours",
+        COLOURS_YAML.replace("{text}", "{txt}").replace("[tiny]", "[tyni]").replace("{colour}", "{c}"),
+    )
+    with pytest.raises(SpecError) as error:
+        project.definitions()
+    lines = [re.match(rf"{file}:(\d+): ", line) for line in str(error.value).splitlines()]
+    assert [match and match.group(1) for match in lines] == ["9", "10", "11"]
+
+
+def test_a_name_used_twice_names_both_files(project: Project) -> None:
+    first = project.defs / "colours" / "defs.yaml"
+    second = project.write("colours_again", COLOURS_YAML, colour_rows(30))
+    with pytest.raises(SpecError) as error:
+        project.definitions()
+    assert str(error.value) == (
+        f"{second}:3: name: expected a name of its own, found 'colours', which {first}:3 has already"
+    )
+
+
+def test_base_models_are_declared_once(project: Project) -> None:
+    other = project.write("more_bases", base_models_yaml({"other": Path("/nowhere")}))
+    with pytest.raises(SpecError) as error:
+        project.definitions()
+    assert str(error.value) == (
+        f"{other}:2: expected one ml_assets.BaseModels, found another at {project.defs}/bases/defs.yaml:2"
+    )
+
+
+def test_a_family_declared_twice(project: Project) -> None:
+    file = project.write(
+        "bases",
+        base_models_yaml({"tiny": Path("/a")}) + base_models_yaml({"tiny": Path("/b")}).split("ies:\n")[1],
+    )
+    with pytest.raises(SpecError) as error:
+        project.definitions()
+    assert str(error.value) == f"{file}:6: families.1.name: expected distinct names, found 'tiny' again"
+
+
+def test_a_hub_base_needs_a_whole_commit(project: Project) -> None:
+    file = project.write(
+        "bases",
+        "type: ml_assets.BaseModels\nattributes:\n  families:\n    - name: tiny\n      source:\n"
+        "        kind: hub\n        repo: owner/model\n        revision: main\n",
+    )
+    with pytest.raises(SpecError) as error:
+        project.definitions()
+    assert str(error.value) == (
+        f"{file}:8: families.0.source.revision: expected a full commit hash (40 characters of 0-9 and a-f), "
+        "found 'main'"
+    )
+
+
+MUST_PASS = {
+    "no such file": (None, "cannot be read: No such file or directory"),
+    "no rows": ("\n", "expected at least one row, found none"),
+    "broken JSON": (
+        '{"text": "a", "colour": "b"}\n{"text": ',
+        "expected one JSON object per line: Expecting value",
+    ),
+    "no object": ('["text"]\n', ":1: expected a JSON object, found ['text']"),
+    "missing column": ('{"text": "a", "colour": "b"}\n{"text": "a"}\n', ":2: column 'colour' is missing"),
+}
+
+
+@pytest.mark.parametrize("case", MUST_PASS)
+def test_must_pass_rows_are_there(project: Project, case: str) -> None:
+    content, message = MUST_PASS[case]
+    file = project.write(
+        "colours",
+        COLOURS_YAML.replace("task: classification", "task: classification\n    must_pass: must.jsonl"),
+    )
+    rows = file.parent / "must.jsonl"
+    if content is not None:
+        rows.write_text(content)
+    with pytest.raises(SpecError) as error:
+        project.definitions()
+    text = str(error.value)
+    assert text.startswith(f"{file}:14: evaluation.must_pass: {rows}") and message in text
+    assert len(text.splitlines()) == 1
+
+
+# -- functions, found without running them -------------------------------------------------------------
+
+FUNCTIONS = """
+raise SystemExit("the loader must not run this module")
+import torch
+from somewhere import borrowed
+SETTING = 1
+def rows(count, *, seed=0): ...
+def needs(count, language): ...
+def score(expected, answer, row): ...
+def score_of_two(expected, answer): ...
+class Metric: ...
+if SETTING:
+    def sometimes(expected, answer, row): ...
+"""
+PYTHON_SOURCE = COLOURS_YAML.replace(
+    "    kind: jsonl\n    path: rows.jsonl", "    kind: python\n    callable: {callable}\n    args: {args}"
+)
+CALLS = {
+    "fits": ("{m}:rows", "{{count: 3}}", None),
+    "imported name": ("{m}:borrowed", "{{}}", None),
+    "no module": ("{m}.deeper:rows", "{{}}", "there is no module '{m}.deeper' on the Python path"),
+    "no function": (
+        "{m}:row",
+        "{{}}",
+        "{f} defines no 'row'; it has: Metric, needs, rows, score, score_of_two, sometimes "
+        "(did you mean 'rows'?)",
+    ),
+    "unknown argument": (
+        "{m}:rows",
+        "{{count: 3, sead: 1}}",
+        "it takes no argument 'sead'; it takes: count, seed (did you mean 'seed'?)",
+    ),
+    "missing argument": ("{m}:needs", "{{count: 3}}", "its argument 'language' is missing from 'args'"),
+}
+
+
+@pytest.mark.parametrize("case", CALLS)
+def test_a_python_source_is_checked_without_running_it(project: Project, case: str) -> None:
+    callable_, args, message = CALLS[case]
+    module = f"{project.package}.functions"
+    functions = project.root / project.package / "functions.py"
+    functions.write_text(FUNCTIONS)
+    reference = callable_.format(m=module)
+    text = PYTHON_SOURCE.replace("{callable}", reference).replace("{args}", args.format())
+    file = project.write("colours", text)
+    if message is None:
+        project.definitions()
+    else:
+        with pytest.raises(SpecError) as error:
+            project.definitions()
+        assert str(error.value) == (
+            f"{file}:7: source.callable: {reference!r}: {message.format(m=module, f=functions)}"
+        )
+    assert module not in sys.modules
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("score", None),
+        ("sometimes", None),
+        ("Metric", None),
+        ("score_of_two", "expected a function of 3 arguments, found (expected, answer)"),
+    ],
+)
+def test_a_python_metric_takes_three_arguments(project: Project, name: str, message: str | None) -> None:
+    (project.root / project.package / "functions.py").write_text(FUNCTIONS)
+    reference = f"{project.package}.functions:{name}"
+    metric = f"task: text\n    metrics: [{{callable: '{reference}'}}]"
+    file = project.write("colours", COLOURS_YAML.replace("task: classification", metric))
+    if message is None:
+        project.definitions()
+    else:
+        with pytest.raises(SpecError) as error:
+            project.definitions()
+        assert str(error.value) == f"{file}:14: evaluation.metrics.0.callable: {reference!r}: {message}"
+
+
+# -- templates -----------------------------------------------------------------------------------------
+
+
+def test_variables_are_filled_in_and_prompts_keep_their_braces(
+    project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EVERGREEN_TEST_RANK", "8")
+    monkeypatch.setenv("EVERGREEN_TEST_PASSWORD", "s3cret{{x}}")
+    text = (
+        COLOURS_YAML.replace("kind: jsonl", "kind: sql\n    query: select text, colour from rows")
+        .replace(
+            "    path: rows.jsonl", '    url: "postgresql://anna:{{ env.EVERGREEN_TEST_PASSWORD }}@db/shop"'
+        )
+        .replace('user: "{text}"', "system: '007'\n    user: 'Answer as {{\"colour\": ...}} for {text}'")
+        .replace("  evaluation:", '  adapter: {rank: "{{env.EVERGREEN_TEST_RANK}}"}\n  evaluation:')
+    )
+    file = project.write("colours", text)
+    tree = project.definitions().component_tree
+    assert tree is not None
+    (component,) = tree.get_all_components(Customization)
+    assert component.spec.adapter.rank == 8
+    assert component.spec.prompt.system == "007"
+    assert component.spec.prompt.user == 'Answer as {{"colour": ...}} for {text}'
+    assert component.spec.source.url == "postgresql://anna:s3cret{{x}}@db/shop"  # type: ignore[union-attr]
+    assert "s3cret" not in json.dumps(component.spec.model_dump(mode="json"))
+    assert component.origin.file == file
+
+
+# -- the dg program ------------------------------------------------------------------------------------
+
+
+def test_dg_scaffolds_lists_and_checks(project: Project) -> None:
+    """The whole way of a new user, with the program they would use."""
+    scaffold = run_dg(project, "scaffold", "defs", "ml_assets.Customization", "greetings")
+    assert scaffold.returncode == 0, scaffold.stdout + scaffold.stderr
+    file = project.defs / "greetings" / "defs.yaml"
+    text = file.read_text()
+    assert "name: greetings" in text and "base_models: [tiny]" in text
+    assert len(text.splitlines()) < 20
+
+    # the three values to edit: where the rows are, and what to ask and answer
+    file.write_text(
+        text.replace("data/*.jsonl", "../colours/rows.jsonl")
+        .replace("{question}", "{text}")
+        .replace("{answer}", "{colour}")
+    )
+    check = run_dg(project, "check", "defs")
+    assert check.returncode == 0, check.stdout + check.stderr
+    assert "All definitions loaded successfully" in check.stdout
+
+    listed = json.loads(run_dg(project, "list", "defs", "--json").stdout)
+    keys = {asset["key"] for asset in listed["assets"]}
+    kinds = ("source", "dataset", "adapter", "eval_report", "endpoint")
+    assert keys == {"base_model", *(f"{n}/{k}" for n in ("colours", "greetings") for k in kinds)}
+
+    components = run_dg(project, "list", "components", "--json").stdout
+    assert "ml_assets.Customization" in components and "ml_assets.BaseModels" in components
+
+
+def test_dg_tells_mistakes_with_file_and_line(project: Project) -> None:
+    broken = COLOURS_YAML.replace("{text}", "{txt}")
+    file = project.write("colours", broken)
+    output = run_dg(project, "check", "defs")
+    assert output.returncode != 0
+    relative = file.relative_to(project.root)
+    assert f"{relative}:9: prompt.user: column 'txt' is not in the source" in output.stdout + output.stderr
+
+    project.write("colours", broken.replace("    task: classification", "    task: clasification"))
+    output = run_dg(project, "check", "yaml")
+    assert output.returncode != 0
+    assert f"{file}:13 - ml_assets.Customization attributes.evaluation.task" in output.stdout
+    assert "'clasification' is not one of ['classification', 'json', 'text']" in output.stdout
+
+    project.write("colours", COLOURS_YAML.replace("path: rows", "pth: rows"))
+    output = run_dg(project, "check", "yaml")
+    assert "'pth' was unexpected" in output.stdout and "'path' is a required property" in output.stdout
+
+
+def test_base_models_scaffold(project: Project) -> None:
+    (project.defs / "bases" / "defs.yaml").unlink()
+    result = run_dg(project, "scaffold", "defs", "ml_assets.BaseModels", "bases")
+    assert result.returncode == 0, result.stdout + result.stderr
+    file = project.defs / "bases" / "defs.yaml"
+    file.write_text(file.read_text().replace("my_base", "tiny"))
+    dg.Definitions.validate_loadable(project.definitions())
