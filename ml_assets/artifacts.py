@@ -61,6 +61,17 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file; the error names the file."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: expected a readable JSON object: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: expected a JSON object, found {type(value).__name__}")
+    return value
+
+
 def write_atomic(path: Path, data: bytes) -> None:
     """Write a file: a reader, or a crash at any point, sees the old content or the new, never a part."""
     _make_directory(path.parent)
@@ -169,6 +180,8 @@ class ArtifactStore:
         _fsync_directory(directory)
         target = Path(self._directory(ref))
         target.parent.mkdir(parents=True, exist_ok=True)
+        if target.exists() and not self.exists(ref):
+            shutil.rmtree(target)  # what is left of a deletion that was interrupted
         try:
             os.rename(directory, target)
         except OSError:
@@ -177,6 +190,10 @@ class ArtifactStore:
         _fsync_directory(target.parent)
 
     # -- read ------------------------------------------------------------------------------------------
+
+    def location(self, ref: ArtifactRef) -> str:
+        """Path or object-store key of the artifact's folder, for people: read through `open`."""
+        return self._directory(ref)
 
     def exists(self, ref: ArtifactRef) -> bool:
         return self.fs.exists(f"{self._directory(ref)}/{FILES}")

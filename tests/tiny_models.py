@@ -4,8 +4,6 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from ml_assets.base_models.conversion import quiet
-
 ARCHITECTURES = ("llama", "qwen2", "mistral", "gpt2", "gpt_neox", "gemma")
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
@@ -36,6 +34,9 @@ def tiny_model(architecture: str, directory: Path, chat_template: bool = True, s
     import torch
     from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
+    from ml_assets.engine.loading import quiet
+
+    quiet()
     directory.mkdir(parents=True, exist_ok=True)
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=_tokenizer(),
@@ -55,9 +56,58 @@ def tiny_model(architecture: str, directory: Path, chat_template: bool = True, s
         torch.set_rng_state(state)
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
-    with quiet():
-        model.save_pretrained(directory)
+    model.save_pretrained(directory)
     return directory
+
+
+def tiny_gguf(path: Path, seed: int = 0) -> Path:
+    """Write the model of `tiny_model("llama", ..., seed=seed)` as a GGUF file (weights in float32), and
+    return its path. Same arguments, same bytes."""
+    import json
+    from tempfile import TemporaryDirectory
+
+    import gguf
+    from safetensors.torch import load_file
+
+    with TemporaryDirectory() as temporary:
+        directory = tiny_model("llama", Path(temporary), seed=seed)
+        config = json.loads((directory / "config.json").read_text())
+        tokenizer = json.loads((directory / "tokenizer.json").read_text())["model"]
+        tensors = load_file(directory / "model.safetensors")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    writer = gguf.GGUFWriter(str(path), "llama")
+    heads, grouped = config["num_attention_heads"], config["num_key_value_heads"]
+    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_embedding_length(config["hidden_size"])
+    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(grouped)
+    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    writer.add_rope_freq_base(config["rope_parameters"]["rope_theta"])
+    writer.add_vocab_size(config["vocab_size"])
+    vocabulary = sorted(tokenizer["vocab"], key=tokenizer["vocab"].get)
+    kinds = [gguf.TokenType.CONTROL if t in SPECIAL_TOKENS else gguf.TokenType.NORMAL for t in vocabulary]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(vocabulary)
+    writer.add_token_types(kinds)
+    writer.add_token_merges([" ".join(merge) for merge in tokenizer["merges"]])
+    writer.add_bos_token_id(config["bos_token_id"])
+    writer.add_eos_token_id(config["eos_token_id"])
+    writer.add_pad_token_id(config["pad_token_id"])
+    writer.add_chat_template(CHAT_TEMPLATE)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config["num_hidden_layers"])
+    for name, tensor in sorted(tensors.items()):
+        data = tensor.float().numpy()
+        rows = heads if "q_proj" in name else grouped if "k_proj" in name else 0
+        if rows:  # GGUF keeps the two halves of a rotary head interleaved
+            data = data.reshape(rows, 2, -1, data.shape[1]).swapaxes(1, 2).reshape(data.shape)
+        writer.add_tensor(names.get_name(name, try_suffixes=(".weight",)), data)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
 
 
 @lru_cache(maxsize=1)

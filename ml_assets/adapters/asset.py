@@ -8,13 +8,13 @@ import dagster as dg
 from ml_assets.adapters.checks import adapter_checks, check_specs
 from ml_assets.adapters.manifest import CODE_VERSION
 from ml_assets.adapters.pictures import loss_curve
-from ml_assets.adapters.train import TrainedAdapter, open_inputs, train_adapter
-from ml_assets.artifacts import ArtifactRef
+from ml_assets.adapters.train import AdapterInputs, TrainedAdapter, open_inputs, train_adapter
+from ml_assets.artifacts import ArtifactRef, read_json
 from ml_assets.base_models.partitions import BASE_MODELS
 from ml_assets.settings import Settings
 from ml_assets.spec import CustomizationSpec
 from resources.artifact_store import ArtifactStoreResource
-from resources.mlflow_tracking import MlflowTracking, git_commit
+from resources.mlflow_tracking import MlflowTracking, TrackedRun, git_commit
 
 PROGRESS_SECONDS = 10.0
 """Between two progress lines in the Dagster log."""
@@ -61,8 +61,8 @@ def build_adapter_asset(spec: CustomizationSpec) -> dg.AssetsDefinition:
             input_key=inputs.key,
             dagster_run_id=context.run_id,
             partition=context.partition_key,
-            dagster_url=f"{settings.dagster_url}/runs/{context.run_id}",
-            git_commit=git_commit(PROJECT_ROOT),
+            code_version=CODE_VERSION,
+            commit=git_commit(PROJECT_ROOT),
             parameters={**spec.adapter.model_dump(exclude_none=True), "dataset": dataset.digest},
         ) as tracked:
             said = time.monotonic()
@@ -80,17 +80,8 @@ def build_adapter_asset(spec: CustomizationSpec) -> dg.AssetsDefinition:
             if trained.reused:
                 context.log.info(f"{trained.ref}: these inputs were trained before, nothing to do")
             directory = store.open(trained.ref)
-            if tracked.needs_logging(trained.ref.digest):
-                for step, loss in enumerate(trained.record["losses"], start=1):
-                    tracked.log_metrics(step, {"loss": loss})
-                tracked.log_metrics(
-                    len(trained.record["losses"]),
-                    {name: float(trained.record[name]) for name in ("seconds", "tokens_per_second")},
-                )
-                tracked.log_artifacts(directory, "adapter")
-                tracked.log_dataset(
-                    name=f"{spec.name}/dataset", digest=dataset.digest, source=str(inputs.dataset_directory)
-                )
+            if not tracked.finished_before:
+                _log(tracked, trained, directory, spec, inputs)
             version = mlflow_tracking.register_adapter(
                 spec.name,
                 tracked.run_id,
@@ -122,9 +113,26 @@ def require_followed(spec: CustomizationSpec, partition_key: str) -> None:
         )
 
 
-def _metadata(trained: TrainedAdapter, directory: Path) -> dict[str, dg.MetadataValue]:
-    from ml_assets.engine.loading import read_json
+def _log(
+    tracked: TrackedRun,
+    trained: TrainedAdapter,
+    directory: Path,
+    spec: CustomizationSpec,
+    inputs: AdapterInputs,
+) -> None:
+    """Record a training in its MLflow run: what peft needs to load it, how it went, what it was made of."""
+    losses = trained.record["losses"]
+    for step, loss in enumerate(losses, start=1):
+        tracked.log_metrics(step, {"loss": loss})
+    tracked.log_metrics(
+        len(losses), {name: trained.record[name] for name in ("seconds", "tokens_per_second")}
+    )
+    tracked.log_artifacts(directory, "adapter")
+    rows = read_json(inputs.dataset_directory / "manifest.json")["rows"]["train"]
+    tracked.log_dataset(f"{spec.name}/dataset", inputs.dataset_digest, str(inputs.dataset_directory), rows)
 
+
+def _metadata(trained: TrainedAdapter, directory: Path) -> dict[str, dg.MetadataValue]:
     manifest, record = read_json(directory / "manifest.json"), trained.record
     return {
         "digest": dg.MetadataValue.text(trained.ref.digest),

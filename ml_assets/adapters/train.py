@@ -10,7 +10,7 @@ from typing import Any
 from ml_assets.adapters.fingerprint import choose_probes, make_fingerprint, measure
 from ml_assets.adapters.manifest import build_manifest, input_key
 from ml_assets.adapters.recipe import checkpoint_folder, resolve_targets, training_examples
-from ml_assets.artifacts import ArtifactRef, ArtifactStore, canonical_json
+from ml_assets.artifacts import ArtifactRef, ArtifactStore, canonical_json, read_json
 from ml_assets.datasets.snapshot import load_rows
 from ml_assets.spec import CustomizationSpec
 
@@ -50,8 +50,6 @@ def open_inputs(
     spec: CustomizationSpec, store: ArtifactStore, base_model: ArtifactRef, dataset: ArtifactRef
 ) -> AdapterInputs:
     """Open and verify what a training reads. Raises ArtifactError that names a damaged file."""
-    from ml_assets.engine.loading import read_json
-
     base_directory = store.open(base_model)
     manifest = read_json(base_directory / "manifest.json")
     return AdapterInputs(spec, base_directory, manifest, store.open(dataset), dataset.digest)

@@ -27,7 +27,7 @@ class BuiltBase:
     ref: ArtifactRef
     manifest: dict[str, Any]
     findings: dict[str, Finding]
-    example: str | None
+    example: str
     seconds: float
     reused: bool
 
@@ -76,16 +76,15 @@ def build_base(
             raise BaseModelError(f"{source}: was written to while it was converted; materialize it again")
         log("probing the model")
         model, tokenizer = conversion.load(directory)
-        with conversion.quiet():
-            manifest = {
-                "family": family.name,
-                "revision": revision,
-                "identity": content,
-                "source": family.source.model_dump(mode="json", exclude_none=True),
-                **probe.facts(model, tokenizer, directory),
-            }
-            findings = probe.findings(model, tokenizer)
-            example = probe.rendered_example(tokenizer)
+        manifest = {
+            "family": family.name,
+            "revision": revision,
+            "identity": content,
+            "source": family.source.model_dump(mode="json", exclude_none=True),
+            **probe.facts(model, tokenizer, directory),
+        }
+        findings = probe.findings(model, tokenizer)
+        example = probe.rendered_example(tokenizer)
         del model  # it maps the files that are about to be renamed
         conversion.write_json(directory / MANIFEST, manifest)
         ref = store.publish_directory(KIND, directory)

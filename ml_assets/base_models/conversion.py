@@ -2,6 +2,7 @@
 layout, nothing executable, nothing that tells where or when it was made."""
 
 import contextlib
+import io
 import json
 import os
 import tempfile
@@ -16,6 +17,7 @@ from ml_assets.base_models.identity import BaseModelError
 CONVERSION_VERSION = "1"
 """Part of the input key of a base_model artifact: raise it when converted bytes or manifest change."""
 
+OFFLINE: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
 NAMED = 3  # how many tensors an error names
 
 
@@ -27,7 +29,10 @@ def convert(source: Path, directory: Path) -> None:
     transformers knows without code of its own, a tensor is missing or holds NaN or infinity, it is quantized
     in another way, or its tokenizer does not fit.
     """
-    with quiet(), _staged(source) as (folder, options):
+    from ml_assets.engine.loading import quiet
+
+    quiet()
+    with _staged(source) as (folder, options):
         tokenizer = _load_tokenizer(source, folder, options)
         model = _load_model(source, folder, options)
         _check_weights(source, model)
@@ -51,33 +56,13 @@ def convert(source: Path, directory: Path) -> None:
 
 def load(directory: Path) -> tuple[Any, Any]:
     """(model, tokenizer) of a converted base model, for the probe."""
-    with quiet():
-        options: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
-        return _load_model(directory, directory, options).eval(), _load_tokenizer(
-            directory, directory, options
-        )
+    model = _load_model(directory, directory, OFFLINE)
+    return model.eval(), _load_tokenizer(directory, directory, OFFLINE)
 
 
 def write_json(path: Path, value: Any) -> None:
     canonical_json(value)  # refuses NaN
     path.write_text(json.dumps(value, sort_keys=True, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Inside, transformers writes no progress bars and only errors: its warnings are about files that
-    Evergreen writes and checks itself."""
-    from transformers.utils import logging
-
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
 
 
 @contextlib.contextmanager
@@ -88,7 +73,7 @@ def _staged(source: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
     """
     with tempfile.TemporaryDirectory(prefix="evergreen-base-") as temporary:
         folder = Path(temporary)
-        options: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
+        options = dict(OFFLINE)
         if source.is_dir():
             for name, path in identity.model_files(source).items():
                 os.symlink(path.resolve(), folder / name)
@@ -120,9 +105,15 @@ def _load_model(source: Path, folder: Path, options: dict[str, Any]) -> Any:
             )
         options = options | {"use_safetensors": True}
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.bfloat16, output_loading_info=True, **options
-        )
+        # stderr: the GGUF reader has a progress bar that cannot be turned off; what is wrong is raised
+        with contextlib.redirect_stderr(io.StringIO()):
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype=torch.bfloat16,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # reported, and refused below by name
+                **options,
+            )
         model, info = loaded
     except Exception as error:  # unknown architecture, shapes that differ, damaged GGUF, ...
         raise BaseModelError(f"{source}: cannot be loaded: {_reason(error, folder)}") from error

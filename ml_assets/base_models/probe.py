@@ -1,7 +1,7 @@
 """What a base model is, found by looking at the loaded model: nothing here depends on its name."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -155,7 +155,7 @@ def findings(model: Any, tokenizer: Any) -> dict[str, Finding]:
             f"{loss:.2f} nats per token of plain English; guessing gives {chance:.2f}",
         ),
         "tokenizer_round_trip": _round_trip(tokenizer),
-        "chat_template_prefix": _template_prefix(tokenizer),
+        "chat_template": _chat_template(tokenizer),
     }
 
 
@@ -179,14 +179,15 @@ def _round_trip(tokenizer: Any) -> Finding:
     return Finding(True, f"{len(ROUND_TRIP)} texts come back unchanged")
 
 
-def _template_prefix(tokenizer: Any) -> Finding:
+def _chat_template(tokenizer: Any) -> Finding:
     """An answer is trained as the continuation of the prompt, so the template must not rewrite the prompt
     once the answer is there."""
-    if not tokenizer.chat_template:
-        return Finding(True, "no chat template: the plain one is used")
+    from ml_assets.engine.prompting import ChatFormat
+
     try:
-        prompt = _render(tokenizer, EXAMPLE, True)
-        whole = _render(tokenizer, [*EXAMPLE, ANSWER], False)
+        chat = ChatFormat(tokenizer)
+        prompt = chat.prompt_text(EXAMPLE)
+        whole = chat.prompt_text([*EXAMPLE, ANSWER], generation_prompt=False)
     except Exception as error:  # a template can raise anything
         return Finding(False, f"the chat template fails: {error}")
     if not whole.startswith(prompt):
@@ -194,19 +195,11 @@ def _template_prefix(tokenizer: Any) -> Finding:
     return Finding(True, "a conversation begins with its prompt")
 
 
-def rendered_example(tokenizer: Any) -> str | None:
-    """The prompt of a short conversation as the model sees it, with the system message if the template takes
-    one; None without a chat template."""
-    if not tokenizer.chat_template:
-        return None
-    attempts: Sequence[list[dict[str, str]]] = ([SYSTEM, *EXAMPLE], EXAMPLE)
-    for messages in attempts:
-        try:
-            return _render(tokenizer, messages, True)
-        except Exception:  # some templates refuse system messages
-            continue
-    return None
+def rendered_example(tokenizer: Any) -> str:
+    """The prompt of a short conversation as the model sees it, or why it cannot be rendered."""
+    from ml_assets.engine.prompting import ChatFormat
 
-
-def _render(tokenizer: Any, messages: list[dict[str, str]], prompt: bool) -> str:
-    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
+    try:
+        return ChatFormat(tokenizer).prompt_text([SYSTEM, *EXAMPLE])
+    except Exception as error:  # a template can raise anything
+        return f"the chat template fails: {error}"

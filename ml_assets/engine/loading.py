@@ -1,7 +1,6 @@
 """A base model in memory, and the adapters on it."""
 
 import contextlib
-import json
 import logging
 import os
 from collections.abc import Iterator
@@ -10,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ml_assets.artifacts import read_json
 from ml_assets.engine import hardware
 from ml_assets.engine.prompting import ChatFormat
 
@@ -130,17 +130,6 @@ def load_base(directory: Path, dtype: torch.dtype | None = None) -> Base:
     model.to(device)  # type: ignore[arg-type]
     model.eval().requires_grad_(False)
     return Base(model, tokenizer, read_json(directory / "manifest.json"), device)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file; the error names the file."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: expected a readable JSON object: {error}") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path}: expected a JSON object, found {type(value).__name__}")
-    return value
 
 
 def _fill(model: Any, name: str, weights: dict[str, torch.Tensor], directory: Path) -> None:

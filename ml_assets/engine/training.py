@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from ml_assets.artifacts import canonical_json, sha256_bytes
+from ml_assets.engine.checkpoint import load_checkpoint, save_checkpoint
 from ml_assets.engine.forward import completion_log_probs, right_padded
 from ml_assets.engine.loading import Base, adapter_parameters
 from ml_assets.spec import AdapterRecipe
@@ -173,8 +174,6 @@ def _run(
     checkpoint_seconds: float,
     on_progress: Callable[[Progress], None] | None,
 ) -> TrainResult:
-    from ml_assets.engine.checkpoint import load_checkpoint, save_checkpoint
-
     plan = plan_batches([len(example) for example in examples], recipe)
     identity = _training_identity(base, examples, recipe)
     optimizer = torch.optim.AdamW(

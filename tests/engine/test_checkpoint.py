@@ -2,6 +2,7 @@ import errno
 import json
 import logging
 import math
+import re
 import shutil
 import subprocess
 import sys
@@ -246,12 +247,13 @@ def test_disk_error_at_any_file_operation(tmp_path, error):
 
 
 TRAINING = """
-import sys
+import sys, uuid
 from pathlib import Path
 import torch
 from ml_assets.artifacts import write_atomic
 from ml_assets.engine.checkpoint import load_checkpoint, save_checkpoint
 
+uuid.uuid4 = lambda: uuid.UUID(int=1)  # the tool compares the file operations of two runs by name
 out = Path(sys.argv[1])
 torch.manual_seed(0)
 weight, momentum, start = torch.randn(64, 8).to(torch.bfloat16), torch.zeros(64, 8), 0
@@ -259,12 +261,12 @@ if found := load_checkpoint(out):
     weight, momentum, start = found.tensors["weight"], found.tensors["momentum"], found.step
     torch.set_rng_state(found.tensors["rng"])
 print("resumed from step", start)
-for step in range(start + 1, 9):
+for step in range(start + 1, 7):
     momentum = momentum * 0.9 + torch.randn(64, 8)
     weight = (weight - 0.01 * momentum).to(torch.bfloat16)
     if step % 2 == 0:
         tensors = {"weight": weight, "momentum": momentum, "rng": torch.get_rng_state()}
-        save_checkpoint(out, step, tensors, {"epoch": step / 8})
+        save_checkpoint(out, step, tensors, {"epoch": step / 6})
 write_atomic(out / "final.bin", weight.view(torch.uint8).numpy().tobytes())
 """
 
@@ -295,4 +297,6 @@ def test_ckpt_chaos_passes_every_kill_point(tmp_path):
     ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "0 HARD_FAIL" in done.stdout, done.stdout
+    verdicts = re.findall(r"^(PASS|HARD_FAIL|SILENT_DIVERGENCE|LOST_WORK): (\d+)$", done.stdout, re.MULTILINE)
+    assert [name for name, _ in verdicts] == ["PASS"] and int(verdicts[0][1]) > 20, done.stdout
+    assert "DRIFT" not in done.stdout, done.stdout

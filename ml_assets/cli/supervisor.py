@@ -1,0 +1,514 @@
+"""Runs the programs of one deployment together: Dagster, MLflow and the gateway, with one log.
+
+`python -m ml_assets.cli.supervisor` is what `evergreen up` starts in the background. It holds a lock below
+EVERGREEN_HOME as long as it lives, writes what it started to `supervisor.json`, starts again what dies, and
+ends everything on SIGTERM.
+"""
+
+import contextlib
+import errno
+import json
+import logging
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from logging.handlers import RotatingFileHandler
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+from filelock import FileLock, Timeout
+
+from ml_assets.artifacts import write_atomic
+from ml_assets.settings import Settings
+
+ROOT = Path(__file__).resolve().parents[2]
+MODULE_VARIABLE = "EVERGREEN_DAGSTER_MODULE"
+PORTS = {
+    "dagster": "EVERGREEN_DAGSTER_PORT",
+    "mlflow": "EVERGREEN_MLFLOW_PORT",
+    "gateway": "EVERGREEN_GATEWAY_PORT",
+}
+STOP_SECONDS = 10.0
+START_SECONDS = 180.0
+LONGEST_PAUSE = 30.0
+LOG_BYTES = 50_000_000
+COLOR = re.compile(r"\x1b\[[0-9;]*m")
+DAEMON_HEALTH = "{instance{daemonHealth{allDaemonStatuses{daemonType required healthy}}}}"
+
+logger = logging.getLogger("supervisor")
+
+
+class OperationError(Exception):
+    """Something the operator has to change; the message says what."""
+
+
+# -- the deployment's directory ------------------------------------------------------------------------
+
+
+def environment(settings: Settings) -> dict[str, str]:
+    """The environment of every program: this deployment's settings, and no telemetry."""
+    return {
+        **os.environ,
+        "EVERGREEN_HOME": str(settings.home),
+        "EVERGREEN_HOST": settings.host,
+        "EVERGREEN_DAGSTER_PORT": str(settings.dagster_port),
+        "EVERGREEN_MLFLOW_PORT": str(settings.mlflow_port),
+        "EVERGREEN_GATEWAY_PORT": str(settings.gateway_port),
+        "EVERGREEN_ARTIFACTS_URL": settings.artifacts_url,
+        "EVERGREEN_LEDGER_URL": settings.ledger_url,
+        "EVERGREEN_MLFLOW_URI": settings.mlflow_uri,
+        "EVERGREEN_LOG": str(log_path(settings)),
+        "DAGSTER_HOME": str(settings.dagster_home),
+        "DAGSTER_DISABLE_TELEMETRY": "1",
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+        "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "DO_NOT_TRACK": "1",
+        "GIT_PYTHON_REFRESH": "quiet",
+        "PYTHONUNBUFFERED": "1",
+        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]),
+    }
+
+
+def initialize(settings: Settings) -> None:
+    """Create the data directory with its Dagster instance and its MLflow store; harmless when they exist."""
+    from resources.mlflow_tracking import ensure_store
+
+    for directory in (settings.home, settings.dagster_home, settings.mlflow_artifacts, settings.logs):
+        directory.mkdir(parents=True, exist_ok=True)
+    write_atomic(settings.dagster_home / "dagster.yaml", (ROOT / "dagster.yaml").read_bytes())
+    ensure_store(settings.mlflow_uri)
+
+
+def log_path(settings: Settings) -> Path:
+    return settings.logs / "evergreen.log"
+
+
+def state_path(settings: Settings) -> Path:
+    return settings.home / "supervisor.json"
+
+
+def read_state(settings: Settings) -> dict[str, Any] | None:
+    """What the supervisor started last: {"ports", "supervisor", "processes": {name: identity tags}}."""
+    try:
+        return json.loads(state_path(settings).read_text())
+    except FileNotFoundError:
+        return None
+
+
+def is_running(settings: Settings) -> bool:
+    """Whether a supervisor holds the lock of this data directory."""
+    if not settings.home.exists():
+        return False
+    lock = FileLock(settings.home / "supervisor.lock")
+    try:
+        with lock.acquire(timeout=0):
+            return False
+    except Timeout:
+        return True
+
+
+# -- programs ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Program:
+    """A program to keep running."""
+
+    name: str
+    command: tuple[str, ...]
+    directory: Path
+
+
+def programs(settings: Settings, socket_path: str) -> list[Program]:
+    """What makes up a deployment; Dagster's daemon and UI share the code server at `socket_path`."""
+    module = os.environ.get(MODULE_VARIABLE, "ml_assets.definitions")
+    workspace = settings.dagster_home / "workspace.yaml"
+    python = (sys.executable, "-m")
+    code_server = "dagster code-server start --use-python-environment-entry-point --log-level warning"
+    address = ("--host", settings.host, "--port")
+    return [
+        Program(
+            "code-server",
+            (
+                *python,
+                *code_server.split(),
+                "--location-name",
+                "evergreen",
+                "--socket",
+                socket_path,
+                "-m",
+                module,
+            ),
+            ROOT,
+        ),
+        Program(
+            "dagster-daemon",
+            (*python, "dagster._daemon", "run", "-w", str(workspace)),
+            settings.dagster_home,
+        ),
+        Program(
+            "dagster-webserver",
+            (*python, "dagster_webserver", "-w", str(workspace), *address, str(settings.dagster_port)),
+            settings.dagster_home,
+        ),
+        Program(
+            "mlflow",
+            (
+                *(*python, "mlflow", "server", *address, str(settings.mlflow_port), "--workers", "1"),
+                *("--backend-store-uri", settings.mlflow_uri),
+                *("--artifacts-destination", str(settings.mlflow_artifacts)),
+            ),
+            settings.mlflow_artifacts,
+        ),
+        Program("gateway", (*python, "ml_assets.endpoints.gateway"), settings.home),
+    ]
+
+
+class Supervisor:
+    """Starts programs, each in a session of its own, and keeps them running until `stop`."""
+
+    def __init__(self, settings: Settings):
+        self.settings = settings
+        self.environment = environment(settings)
+        self.stopping = threading.Event()
+        self.processes: dict[str, subprocess.Popen[bytes]] = {}
+        self.lock = threading.Lock()
+
+    def keep(self, program: Program) -> None:
+        """Run the program again and again until `stop`; waits longer between ends that follow quickly."""
+        pause = 1.0
+        while not self.stopping.is_set():
+            started = time.monotonic()
+            code = self._run_once(program)
+            if self.stopping.is_set():
+                return
+            pause = 1.0 if time.monotonic() - started > 60 else min(pause * 2, LONGEST_PAUSE)
+            logger.error("%s ended with code %s; starting it again in %.0f s", program.name, code, pause)
+            self.stopping.wait(pause)
+
+    def _run_once(self, program: Program) -> int | None:
+        with self.lock:
+            if self.stopping.is_set():
+                return None
+            process = subprocess.Popen(
+                program.command,
+                cwd=program.directory,
+                env=self.environment,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+            self.processes[program.name] = process
+            self.write_state()
+        threading.Thread(target=_copy_lines, args=(program.name, process), daemon=True).start()
+        code = process.wait()
+        _signal_group(process.pid, signal.SIGKILL)  # what it started itself goes with it
+        return code
+
+    def write_state(self) -> None:
+        from ml_assets.cli.launcher import identity
+
+        state = {
+            "urls": urls(self.settings),
+            "supervisor": identity(os.getpid()),
+            "processes": {name: identity(process.pid) for name, process in self.processes.items()},
+        }
+        write_atomic(state_path(self.settings), json.dumps(state, indent=2).encode())
+
+    def stop(self) -> None:
+        """TERM to every process group, KILL to those that are still there 10 seconds later (some of
+        Dagster's processes ignore TERM)."""
+        self.stopping.set()
+        with self.lock:
+            pids = [process.pid for process in self.processes.values()]
+        end_groups(pids)
+
+
+def _copy_lines(name: str, process: subprocess.Popen[bytes]) -> None:
+    assert process.stdout
+    lines = logging.getLogger(name)
+    with process.stdout:
+        for line in process.stdout:
+            lines.info("%s", COLOR.sub("", line.decode(errors="replace").rstrip()))
+
+
+def _signal_group(pid: int, number: int) -> bool:
+    """False when the process group of `pid` is empty."""
+    try:
+        os.killpg(pid, number)
+    except (ProcessLookupError, PermissionError):  # macOS: EPERM when only zombies are left
+        return False
+    return True
+
+
+def end_groups(pids: list[int]) -> None:
+    """End process groups: TERM, then KILL."""
+    pids = [pid for pid in pids if _signal_group(pid, signal.SIGTERM)]
+    deadline = time.monotonic() + STOP_SECONDS
+    while pids and time.monotonic() < deadline:
+        time.sleep(0.1)
+        pids = [pid for pid in pids if _group_lives(pid)]
+    for pid in pids:
+        _signal_group(pid, signal.SIGKILL)
+
+
+def _group_lives(group: int) -> bool:
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, ProcessLookupError):
+            if os.getpgid(process.pid) == group and process.status() != psutil.STATUS_ZOMBIE:
+                return True
+    return False
+
+
+def end_leftovers(settings: Settings) -> None:
+    """End what a supervisor that was killed left behind, so that nothing holds ports or fights a new daemon.
+    Run workers are not among these."""
+    from ml_assets.cli.launcher import PID, is_alive
+
+    state = read_state(settings) or {"processes": {}}
+    end_groups([int(tags[PID]) for tags in state["processes"].values() if is_alive(tags)])
+
+
+def end_workers(settings: Settings) -> int:
+    """Kill the processes of all runs in progress; the next start requeues these runs. Returns how many."""
+    from dagster import DagsterInstance, RunsFilter
+
+    from ml_assets.cli.launcher import PID, is_alive, kill_group
+    from ml_assets.cli.recovery import IN_PROGRESS
+
+    ended = 0
+    with DagsterInstance.from_config(str(settings.dagster_home)) as instance:
+        for run in instance.get_runs(RunsFilter(statuses=IN_PROGRESS)):
+            if PID in run.tags and is_alive(run.tags):
+                kill_group(run.tags)
+                ended += 1
+    return ended
+
+
+# -- up, down ------------------------------------------------------------------------------------------
+
+
+def urls(settings: Settings) -> dict[str, str]:
+    return {
+        "dagster": settings.dagster_url,
+        "mlflow": settings.mlflow_url,
+        "gateway": settings.gateway_url,
+    }
+
+
+def print_urls(urls: dict[str, str]) -> None:
+    print(f"  Dagster UI  {urls['dagster']}")
+    print(f"  MLflow UI   {urls['mlflow']}")
+    print(f"  endpoint    {urls['gateway']}/v1")
+
+
+def check_ports(settings: Settings) -> None:
+    """Raises OperationError that names the port, its variable and who holds it when one can't be used."""
+    ports = {
+        "dagster": settings.dagster_port,
+        "mlflow": settings.mlflow_port,
+        "gateway": settings.gateway_port,
+    }
+    taken: dict[int, str] = {}
+    for name, port in ports.items():
+        variable = PORTS[name]
+        if port in taken:
+            raise OperationError(
+                f"{variable} and {taken[port]} are both {port}: give each program its own port"
+            )
+        taken[port] = variable
+        with socket.socket(socket.AF_INET6 if ":" in settings.host else socket.AF_INET) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((settings.host, port))
+            except OSError as error:
+                if error.errno == errno.EADDRINUSE:
+                    reason = f"is in use{_holder(port)}"
+                else:
+                    reason = f"of {settings.host} (EVERGREEN_HOST) can't be used: {error.strerror}"
+                raise OperationError(
+                    f"port {port} {reason}; choose another one for {name} with {variable}, "
+                    f"for example `make up {variable}={port + 10}`"
+                ) from error
+
+
+def _holder(port: int) -> str:
+    with contextlib.suppress(psutil.Error, OSError):
+        for connection in psutil.net_connections("tcp"):
+            if connection.laddr and connection.laddr.port == port and connection.status == psutil.CONN_LISTEN:
+                if connection.pid is None:
+                    break
+                command = " ".join(psutil.Process(connection.pid).cmdline())
+                return f" by process {connection.pid} ({command[:80]})"
+    return " by another user's process"
+
+
+def answers(settings: Settings, addresses: dict[str, str]) -> dict[str, bool]:
+    """Which program answers, and answers well; "daemon" is what Dagster's UI says about its daemons."""
+    result = dict.fromkeys(["dagster", "daemon", "mlflow", "gateway"], False)
+    with httpx.Client(timeout=5, trust_env=False) as client:
+        with contextlib.suppress(httpx.HTTPError, KeyError, ValueError, TypeError):
+            response = client.post(f"{addresses['dagster']}/graphql", json={"query": DAEMON_HEALTH})
+            statuses = response.json()["data"]["instance"]["daemonHealth"]["allDaemonStatuses"]
+            result["dagster"] = True
+            result["daemon"] = all(status["healthy"] for status in statuses if status["required"])
+        for name, path in (("mlflow", "/health"), ("gateway", "/healthz")):
+            with contextlib.suppress(httpx.HTTPError):
+                result[name] = client.get(f"{addresses[name]}{path}").status_code == 200
+    return result
+
+
+def start(settings: Settings) -> bool:
+    """Start everything in the background and wait until all answer. False when it was running already.
+
+    Raises OperationError when a port is taken or a program does not come up within 3 minutes.
+    """
+    already = is_running(settings)
+    if not already:
+        end_leftovers(settings)
+        state_path(settings).unlink(missing_ok=True)
+        check_ports(settings)
+        initialize(settings)
+        with log_path(settings).open("ab") as log:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "ml_assets.cli.supervisor"],
+                cwd=ROOT,
+                env=environment(settings),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+    deadline = time.monotonic() + START_SECONDS
+    while True:
+        state = read_state(settings)
+        if is_running(settings) and state and "urls" in state:
+            missing = [name for name, up in answers(settings, state["urls"]).items() if not up]
+            if not missing:
+                return not already
+        else:
+            missing = ["supervisor"]
+        if not already and process.poll() not in (None, 0):  # type: ignore[possibly-unbound]
+            raise OperationError(f"the supervisor ended: see {log_path(settings)}")
+        if time.monotonic() > deadline:
+            raise OperationError(
+                f"no answer from {', '.join(missing)} within {START_SECONDS:.0f} s: "
+                f"see {log_path(settings)}; `make down` ends what was started"
+            )
+        time.sleep(0.5)
+
+
+def stop(settings: Settings) -> tuple[bool, int]:
+    """End everything. Returns (whether something was running, how many runs were interrupted)."""
+    from ml_assets.cli.launcher import PID, is_alive, kill_group
+
+    state = read_state(settings)
+    if state is None:
+        return False, 0
+    supervisor = state["supervisor"]
+    was_running = is_alive(supervisor)
+    if was_running:
+        os.kill(int(supervisor[PID]), signal.SIGTERM)
+        deadline = time.monotonic() + STOP_SECONDS + 10
+        while is_alive(supervisor) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        kill_group(supervisor)
+    end_leftovers(settings)
+    interrupted = end_workers(settings)
+    state_path(settings).unlink(missing_ok=True)
+    return was_running, interrupted
+
+
+# -- the background process ----------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _code_server_socket(settings: Settings) -> Iterator[str]:
+    """A short path for a socket (the length is limited), and the workspace file that names it."""
+    with tempfile.TemporaryDirectory(prefix="evergreen-") as directory:
+        path = f"{directory}/code.sock"
+        server = {"grpc_server": {"socket": path, "location_name": "evergreen"}}
+        write_atomic(settings.dagster_home / "workspace.yaml", json.dumps({"load_from": [server]}).encode())
+        yield path
+
+
+def _wait_for_code_server(supervisor: Supervisor, socket_path: str) -> None:
+    from dagster._grpc.client import DagsterGrpcClient
+
+    client = DagsterGrpcClient(socket=socket_path)
+    deadline = time.monotonic() + START_SECONDS
+    while time.monotonic() < deadline and not supervisor.stopping.is_set():
+        try:
+            client.ping("ready?")
+            return
+        except Exception:  # it says in many ways that it is not there yet
+            supervisor.stopping.wait(0.2)
+    logger.error("the code server does not answer; the others start without it")
+
+
+def main() -> None:
+    """Run until SIGTERM or SIGINT."""
+    settings = Settings.from_env()
+    handler = RotatingFileHandler(log_path(settings), maxBytes=LOG_BYTES, backupCount=3)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(name)-17s | %(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
+    for noisy in ("httpx", "alembic"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    try:
+        with FileLock(settings.home / "supervisor.lock").acquire(timeout=0):
+            _supervise(settings)
+    except Timeout:
+        logger.info("another supervisor is running")
+
+
+def _supervise(settings: Settings) -> None:
+    supervisor = Supervisor(settings)
+    done = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: done.set())
+    logger.info("starting; state in %s", settings.home)
+    supervisor.write_state()
+    with _code_server_socket(settings) as socket_path:
+        threads: list[threading.Thread] = []
+
+        def keep(*names: str) -> None:
+            for program in programs(settings, socket_path):
+                if program.name in names:
+                    threads.append(threading.Thread(target=supervisor.keep, args=(program,)))
+                    threads[-1].start()
+
+        try:
+            keep("code-server", "mlflow", "gateway")
+            from dagster import DagsterInstance
+
+            from ml_assets.cli.recovery import recover
+
+            with DagsterInstance.from_config(str(settings.dagster_home)) as instance:
+                for run in recover(instance):
+                    logger.warning("run %s (%s) had lost its process", run.run_id, run.job_name)
+            _wait_for_code_server(supervisor, socket_path)
+            keep("dagster-daemon", "dagster-webserver")
+            done.wait()
+        finally:
+            logger.info("stopping")
+            supervisor.stop()
+            for thread in threads:
+                thread.join()
+    logger.info("stopped")
+
+
+if __name__ == "__main__":
+    main()

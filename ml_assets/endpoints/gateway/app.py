@@ -1,0 +1,568 @@
+"""The gateway's HTTP side: OpenAI's chat completions for every customization, health, metrics, and the admin
+routes that a release uses."""
+
+import asyncio
+import contextlib
+import json
+import logging
+import time
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import jinja2
+from fastapi import FastAPI, Request
+from fastapi.concurrency import run_in_threadpool
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+from pydantic import BaseModel, ValidationError
+from starlette.exceptions import HTTPException
+from starlette.routing import BaseRoute, Match
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from ml_assets.artifacts import ArtifactStore
+from ml_assets.endpoints.gateway import keys
+from ml_assets.endpoints.gateway.engine import Engine, Generation, Piece, Version
+from ml_assets.endpoints.gateway.errors import ApiError
+from ml_assets.endpoints.gateway.metrics import Metrics
+from ml_assets.endpoints.gateway.schemas import (
+    ActivateRequest,
+    ChatRequest,
+    CustomizationRequest,
+    StageRequest,
+)
+from ml_assets.endpoints.ledger import Ledger, Release
+
+Access = Literal["public", "key", "admin"]
+
+ACCESS: dict[tuple[str, str], Access] = {
+    ("GET", "/healthz"): "public",
+    ("GET", "/healthz/ready"): "public",
+    ("GET", "/metrics"): "public",
+    ("GET", "/v1/models"): "key",
+    ("GET", "/v1/models/{model}"): "key",
+    ("POST", "/v1/chat/completions"): "key",
+    ("POST", "/admin/stage"): "admin",
+    ("POST", "/admin/activate"): "admin",
+    ("POST", "/admin/discard"): "admin",
+    ("POST", "/admin/probe"): "admin",
+}
+"""Who may use a route. A route that is not here is closed to everyone."""
+
+MAX_BODY_BYTES = 1 << 20
+BODY_SECONDS = 30.0
+"""Time that a client may take to send its request."""
+ADAPTER_HEADER = "x-evergreen-adapter"
+BASE_HEADER = "x-evergreen-base"
+
+log = logging.getLogger("evergreen.gateway")
+B = TypeVar("B", bound=BaseModel)
+
+
+def create_app(
+    ledger: Ledger,
+    store: ArtifactStore,
+    *,
+    max_queue: int = 64,
+    max_body_bytes: int = MAX_BODY_BYTES,
+) -> FastAPI:
+    """The gateway as an ASGI application. It begins to serve what the ledger says when it starts.
+
+    `max_queue` is the number of requests of one customization that may wait; `app.state.engine` and
+    `app.state.metrics` are for tests.
+    """
+    engine, metrics = Engine(store, max_queue=max_queue), Metrics()
+    restored = asyncio.Event()
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
+        engine.start()
+        released = await run_in_threadpool(ledger.current_all)
+        engine.unserved.update(dict.fromkeys(released, "it is loading"))
+        restoring = asyncio.create_task(_restore(engine, released, restored))
+        try:
+            yield
+        finally:
+            restoring.cancel()
+            await run_in_threadpool(engine.close)
+
+    app = FastAPI(
+        title="Evergreen gateway", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None
+    )
+    app.state.engine, app.state.metrics = engine, metrics
+    guard = {"routes": app.router.routes, "ledger": ledger, "metrics": metrics}
+    app.add_middleware(Guard, **guard, max_body_bytes=max_body_bytes)
+    _answer_errors_like_openai(app)
+
+    # -- health ----------------------------------------------------------------------------------------
+
+    def health() -> dict[str, Any]:
+        status = "loading" if not restored.is_set() else "degraded" if engine.unserved else "ready"
+        served = {name: version.describe() for name, version in sorted(engine.served.items())}
+        return {"live": True, "status": status, "served": served, "unserved": dict(engine.unserved)}
+
+    @app.get("/healthz")
+    async def healthz() -> dict[str, Any]:
+        """Live: 200 whenever the process answers. `status`: loading, ready, or degraded (something that the
+        ledger names is not served: see `unserved`)."""
+        return health()
+
+    @app.get("/healthz/ready")
+    async def ready() -> JSONResponse:
+        """200 once everything was loaded, or has failed to, after a start; 503 before."""
+        return JSONResponse(health(), status_code=200 if restored.is_set() else 503)
+
+    @app.get("/metrics")
+    async def prometheus() -> Response:
+        metrics.waiting.clear()
+        for name, length in engine.queue_lengths().items():
+            metrics.waiting.labels(name).set(length)
+        metrics.served.clear()
+        for name, version in list(engine.served.items()):
+            metrics.served.labels(name, version.adapter_digest, version.base_revision).set(1)
+        return Response(metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    # -- OpenAI ----------------------------------------------------------------------------------------
+
+    def model(version: Version) -> dict[str, Any]:
+        return {"id": version.customization, "object": "model", "created": 0, "owned_by": "evergreen"}
+
+    @app.get("/v1/models")
+    async def models(request: Request) -> dict[str, Any]:
+        """The customizations that are served and that this key may use."""
+        served = [version for name, version in sorted(engine.served.items()) if _key(request).may_use(name)]
+        return {"object": "list", "data": [model(version) for version in served]}
+
+    @app.get("/v1/models/{model}")
+    async def retrieve(request: Request) -> JSONResponse:
+        name = request.path_params["model"]
+        _check_scope(_key(request), name)
+        with engine.lease(name) as version:
+            return JSONResponse(model(version), headers=_identity(version))
+
+    @app.post("/v1/chat/completions")
+    async def chat(request: Request) -> Response:
+        call = _Call(engine, metrics)
+        try:
+            return await call.answer(request)
+        except ApiError as error:
+            call.end(error.status)
+            raise
+        except BaseException as error:
+            call.end(499 if isinstance(error, asyncio.CancelledError) else 500)
+            raise
+
+    # -- admin -----------------------------------------------------------------------------------------
+
+    def measured(version: Version) -> dict[str, Any]:
+        return version.describe() | {"measured": version.measured, "verified": version.verified}
+
+    @app.post("/admin/stage")
+    async def stage(request: Request) -> dict[str, Any]:
+        """Load a version beside what serves, and return what its fingerprint probes gave."""
+        asked = await _parse(StageRequest, request)
+        return measured(await engine.stage(Version(**asked.model_dump())))
+
+    @app.post("/admin/activate")
+    async def activate(request: Request) -> dict[str, Any]:
+        """Serve what the ledger says now: the staged version, or nothing after a withdrawal."""
+        asked = await _parse(ActivateRequest, request)
+        current = await run_in_threadpool(ledger.current, asked.customization)
+        says = current.adapter_digest if current else None
+        if says != asked.adapter_digest:
+            message = f"{asked.customization}: the ledger says {says and says[:12]}, "
+            message += f"the request {asked.adapter_digest and asked.adapter_digest[:12]}"
+            raise ApiError(409, "not_in_ledger", message)
+        version = engine.activate(asked.customization, asked.adapter_digest)
+        log.info("%s: now served by adapter %s", asked.customization, says)
+        return {"customization": asked.customization, "serving": version and version.describe()}
+
+    @app.post("/admin/discard")
+    async def discard(request: Request) -> dict[str, Any]:
+        """Forget the staged version."""
+        asked = await _parse(CustomizationRequest, request)
+        engine.discard(asked.customization)
+        return {"customization": asked.customization}
+
+    @app.post("/admin/probe")
+    async def probe(request: Request) -> dict[str, Any]:
+        """Measure the fingerprint of what serves now."""
+        asked = await _parse(CustomizationRequest, request)
+        return measured(await engine.probe(asked.customization))
+
+    return app
+
+
+async def _restore(engine: Engine, released: dict[str, Release], restored: asyncio.Event) -> None:
+    """Serve again what was served: whatever does not verify is left out, loudly, and the rest serves."""
+    for name, release in released.items():
+        try:
+            await engine.stage(
+                Version(
+                    customization=name,
+                    base_revision=release.base_revision,
+                    base_digest=release.base_digest,
+                    adapter_digest=release.adapter_digest,
+                    max_new_tokens=release.max_new_tokens,
+                    max_prompt_tokens=release.max_prompt_tokens,
+                )
+            )
+            engine.activate(name, release.adapter_digest)
+            log.info("%s: served by adapter %s again", name, release.adapter_digest)
+        except ApiError as error:
+            if name in engine.served:
+                continue  # a release came in between
+            engine.unserved[name] = error.message
+            log.error("%s is NOT SERVED: %s", name, error.message)
+    restored.set()
+
+
+# -- one chat completion -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Header:
+    """What all chunks of one answer have in common."""
+
+    id: str
+    created: int
+    model: str
+    adapter: str
+
+    def body(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        return {
+            "id": self.id,
+            "object": kind,
+            "created": self.created,
+            "model": self.model,
+            "system_fingerprint": self.adapter,
+            "choices": choices,
+        }
+
+
+class _Call:
+    """A chat completion from request to metrics; holds its version until `end`, which may come twice."""
+
+    def __init__(self, engine: Engine, metrics: Metrics):
+        self._engine = engine
+        self._metrics = metrics
+        self._start = time.monotonic()
+        self._version: Version | None = None
+        self._prompt_tokens = 0
+        self._tokens = 0
+        self._ended = False
+
+    async def answer(self, request: Request) -> Response:
+        asked = await _parse(ChatRequest, request)
+        _check_scope(_key(request), asked.model)
+        version = self._version = self._engine.acquire(asked.model)
+        generation = await self._submit(version, asked)
+        header = _Header(
+            f"chatcmpl-{uuid.uuid4().hex}", int(time.time()), version.customization, version.adapter_digest
+        )
+        if asked.stream:
+            include_usage = asked.stream_options is not None and asked.stream_options.include_usage
+            chunks = self._chunks(generation, header, include_usage)
+            return _Stream(chunks, self.end, media_type="text/event-stream", headers=_identity(version))
+        pieces = await _unless_disconnected(request, self._collect(generation))
+        choice = {
+            "index": 0,
+            "message": {"role": "assistant", "content": "".join(piece.text for piece in pieces)},
+            "logprobs": None,
+            "finish_reason": pieces[-1].finish_reason,
+        }
+        body = header.body("chat.completion", [choice]) | {"usage": self._usage()}
+        self.end(200)
+        return JSONResponse(body, headers=_identity(version))
+
+    def end(self, status: int) -> None:
+        """Release the version and count the request."""
+        if self._ended:
+            return
+        self._ended = True
+        name = self._version.customization if self._version else "-"
+        if self._version:
+            self._engine.release(self._version)
+        self._metrics.requests.labels(name, status).inc()
+        self._metrics.seconds.labels(name).observe(time.monotonic() - self._start)
+        self._metrics.tokens.labels(name, "prompt").inc(self._prompt_tokens)
+        self._metrics.tokens.labels(name, "completion").inc(self._tokens)
+
+    async def _submit(self, version: Version, asked: ChatRequest) -> Generation:
+        messages = version.conversation([message.plain() for message in asked.messages])
+        loaded = version.ready
+        try:
+            prompt = await run_in_threadpool(loaded.encode, messages)
+        except jinja2.TemplateError as error:
+            message = f"messages: the chat template of {version.base_revision} refuses them: {error}"
+            raise ApiError(400, "invalid_messages", message, param="messages") from error
+        context = loaded.base.context_length
+        limit = min(version.max_prompt_tokens or context, context - 1)
+        if len(prompt) > limit:
+            message = f"messages: {len(prompt)} tokens, {version.customization!r} takes at most {limit}"
+            raise ApiError(413, "context_length_exceeded", message, param="messages")
+        wanted = [asked.max_tokens, asked.max_completion_tokens]
+        limits = [version.max_new_tokens, context - len(prompt)]
+        generation = self._engine.submit(
+            version,
+            prompt,
+            min(n for n in [*wanted, *limits] if n is not None),
+            temperature=asked.temperature or 0.0,
+            top_p=1.0 if asked.top_p is None else asked.top_p,
+            seed=asked.seed,
+            stops=asked.stops(),
+        )
+        self._prompt_tokens = len(prompt)
+        return generation
+
+    async def _count(self, generation: Generation) -> AsyncIterator[Piece]:
+        first = True
+        async for piece in generation:
+            if first:
+                first = False
+                seconds = time.monotonic() - self._start
+                self._metrics.first_token_seconds.labels(generation.version.customization).observe(seconds)
+            self._tokens = piece.tokens
+            yield piece
+
+    async def _collect(self, generation: Generation) -> list[Piece]:
+        return [piece async for piece in self._count(generation)]
+
+    async def _chunks(
+        self, generation: Generation, header: _Header, include_usage: bool
+    ) -> AsyncIterator[bytes]:
+        def event(choices: list[dict[str, Any]], usage: dict[str, int] | None = None) -> bytes:
+            body = header.body("chat.completion.chunk", choices)
+            return _event(body | {"usage": usage} if include_usage else body)
+
+        def delta(content: dict[str, Any], finish_reason: str | None = None) -> list[dict[str, Any]]:
+            return [{"index": 0, "delta": content, "logprobs": None, "finish_reason": finish_reason}]
+
+        status = 499  # unless the end is reached
+        try:
+            yield event(delta({"role": "assistant", "content": ""}))
+            async for piece in self._count(generation):
+                if piece.text:
+                    yield event(delta({"content": piece.text}))
+                if piece.finish_reason:
+                    yield event(delta({}, piece.finish_reason))
+            if include_usage:
+                yield event([], self._usage())
+            yield b"data: [DONE]\n\n"
+            status = 200
+        except ApiError as error:  # the status line is sent: the error is the last event
+            status = error.status
+            yield _event(error.body())
+        finally:
+            self._engine.cancel(generation)
+            self.end(status)
+
+    def _usage(self) -> dict[str, int]:
+        total = self._prompt_tokens + self._tokens
+        return {
+            "prompt_tokens": self._prompt_tokens,
+            "completion_tokens": self._tokens,
+            "total_tokens": total,
+        }
+
+
+class _Stream(StreamingResponse):
+    """Calls `end` also when the client is gone before the first chunk, when the generator never runs."""
+
+    def __init__(self, chunks: AsyncIterator[bytes], end: Callable[[int], None], **options: Any):
+        super().__init__(chunks, **options)
+        self._chunks = chunks
+        self._end = end
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            await self._chunks.aclose()  # type: ignore[attr-defined]
+            self._end(499)
+
+
+def _event(body: dict[str, Any]) -> bytes:
+    return b"data: " + json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+
+
+def _identity(version: Version) -> dict[str, str]:
+    return {ADAPTER_HEADER: version.adapter_digest, BASE_HEADER: version.base_revision}
+
+
+async def _unless_disconnected(request: Request, work: Awaitable[list[Piece]]) -> list[Piece]:
+    """The result of `work`, which is cancelled when the client goes away."""
+
+    async def gone() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    working, waiting = asyncio.ensure_future(work), asyncio.create_task(gone())
+    try:
+        await asyncio.wait([working, waiting], return_when=asyncio.FIRST_COMPLETED)
+        if working.done():
+            return working.result()
+        raise ApiError(499, "client_disconnected", "the client went away")
+    finally:
+        working.cancel()
+        waiting.cancel()
+        await asyncio.gather(working, waiting, return_exceptions=True)
+
+
+# -- requests ----------------------------------------------------------------------------------------------
+
+
+def _key(request: Request) -> keys.KeyInfo:
+    return request.scope["evergreen.key"]
+
+
+def _check_scope(key: keys.KeyInfo, model: str) -> None:
+    if not key.may_use(model):
+        scopes = ", ".join(key.scopes)
+        message = f"This API key may not use model {model!r}; its scopes are: {scopes}"
+        raise ApiError(403, "permission_denied", message, param="model")
+
+
+async def _parse(model: type[B], request: Request) -> B:
+    """The request's JSON body. Raises ApiError 400 that names the field and what was expected."""
+    try:
+        return model.model_validate_json(await request.body())
+    except ValidationError as error:
+        problem = error.errors(include_url=False, include_input=False, include_context=False)[0]
+        # in a union such as `content`, the names of its branches are no fields
+        where = [part for part in problem["loc"] if not str(part).startswith(("list[", "str", "function-"))]
+        param = ".".join(map(str, where)) or None
+        code = "invalid_json" if problem["type"] == "json_invalid" else "invalid_request"
+        text = f"{param}: {problem['msg']}" if param else problem["msg"]
+        raise ApiError(400, code, text, param=param) from None
+
+
+def _answer_errors_like_openai(app: FastAPI) -> None:
+    async def api_error(_request: Request, error: Exception) -> Response:
+        assert isinstance(error, ApiError)
+        return error.response()
+
+    async def http_error(request: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "http_error")
+        message = f"{request.method} {request.url.path}: {error.detail}"
+        return ApiError(error.status_code, code, message, headers=error.headers).response()
+
+    async def unexpected(_request: Request, _error: Exception) -> Response:
+        return ApiError(500, "internal_error", "the gateway failed on this request; see its log").response()
+
+    app.add_exception_handler(ApiError, api_error)
+    app.add_exception_handler(HTTPException, http_error)
+    app.add_exception_handler(Exception, unexpected)
+
+
+class Guard:
+    """Checks the key, then reads the body up to its limit, before any other code sees the request."""
+
+    def __init__(
+        self,
+        inner: ASGIApp,
+        *,
+        routes: list[BaseRoute],
+        ledger: Ledger,
+        metrics: Metrics,
+        max_body_bytes: int,
+    ):
+        self._inner = inner
+        self._routes = routes
+        self._ledger = ledger
+        self._metrics = metrics
+        self._max_body_bytes = max_body_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._inner(scope, receive, send)
+            return
+        try:
+            await self._authorize(scope)
+            replay = await self._read_body(scope, receive)
+        except ApiError as error:
+            self._metrics.requests.labels("-", error.status).inc()
+            await error.response()(scope, receive, send)
+            return
+        if replay is not None:
+            await self._inner(scope, replay, send)
+
+    async def _authorize(self, scope: Scope) -> None:
+        access = self._access(scope)
+        if access == "public":
+            return
+        headers = {name: value for name, value in scope["headers"] if name == b"authorization"}
+        scheme, _, text = headers.get(b"authorization", b"").decode("latin-1").partition(" ")
+        if not text:
+            message = "No API key: send it as 'Authorization: Bearer <key>'"
+            raise ApiError(401, "missing_api_key", message, headers={"WWW-Authenticate": "Bearer"})
+        key = None
+        if scheme.lower() == "bearer":
+            key = await run_in_threadpool(keys.authenticate, self._ledger, text.strip())
+        if key is None:
+            message = "The API key is wrong, expired or revoked"
+            raise ApiError(401, "invalid_api_key", message, headers={"WWW-Authenticate": "Bearer"})
+        if access == "admin" and not key.is_admin:
+            raise ApiError(403, "permission_denied", "This route needs an API key with the scope 'admin'")
+        scope["evergreen.key"] = key
+
+    def _access(self, scope: Scope) -> Access:
+        """The rule of the route that this request goes to. Unknown paths and methods need a key, too, before
+        they get their 404 or 405; a route without a rule is for nobody."""
+        for route in self._routes:
+            if route.matches(scope)[0] == Match.FULL:
+                rule = ACCESS.get((scope["method"], getattr(route, "path", "")))
+                if rule is None:
+                    raise ApiError(403, "no_access_rule", "This route has no access rule")
+                return rule
+        return "key"
+
+    async def _read_body(self, scope: Scope, receive: Receive) -> Receive | None:
+        """A `receive` that gives the body that was read; None when the client is gone. Raises ApiError."""
+        too_large = ApiError(
+            413,
+            "request_too_large",
+            f"The request body is larger than {self._max_body_bytes} bytes",
+            headers={"Connection": "close"},
+        )
+        for name, value in scope["headers"]:
+            if name == b"content-length" and value.isdigit() and int(value) > self._max_body_bytes:
+                raise too_large
+        body = bytearray()
+        try:
+            async with asyncio.timeout(BODY_SECONDS):
+                more = True
+                while more:
+                    message = await receive()
+                    if message["type"] == "http.disconnect":
+                        return None
+                    body += message.get("body", b"")
+                    if len(body) > self._max_body_bytes:
+                        raise too_large
+                    more = message.get("more_body", False)
+        except TimeoutError:
+            message = f"The request body did not arrive within {BODY_SECONDS:g} s"
+            raise ApiError(408, "request_timeout", message, headers={"Connection": "close"}) from None
+
+        given = False
+
+        async def replay() -> Message:
+            nonlocal given
+            if not given:
+                given = True
+                return {"type": "http.request", "body": bytes(body), "more_body": False}
+            return await receive()
+
+        return replay
+
+
+def app_from_settings() -> FastAPI:
+    """The gateway of this deployment; writes the admin key file when there is none."""
+    from ml_assets.settings import Settings
+
+    settings = Settings.from_env()
+    ledger = Ledger(settings.ledger_url)
+    keys.ensure_admin_key(ledger, settings.home / keys.ADMIN_KEY_FILE)
+    return create_app(ledger, ArtifactStore(settings.artifacts_url, Path(settings.artifact_cache)))
