@@ -97,13 +97,10 @@ def test_one_job_brings_a_customization_up_to_date_for_a_base_revision(
     assert job.asset_layer.selected_asset_keys == {dg.AssetKey(["colours", kind]) for kind in kinds}
     graph = repository.asset_graph
     checks = {k for k in graph.asset_check_keys if k.asset_key in job.asset_layer.selected_asset_keys}
-    assert (
-        checks and job.asset_layer.selected_asset_check_keys == checks
-        if hasattr(job.asset_layer, "selected_asset_check_keys")
-        else checks <= job.asset_layer.asset_graph.asset_check_keys
-    )
+    assert checks and job.asset_layer.asset_graph.asset_check_keys == checks
     assert job.partitions_def is not None and job.partitions_def.name == "base_models"  # type: ignore[union-attr]
     assert repository.has_job("reproduce")
+    assert repository.has_sensor_def("base_updates")
 
 
 def test_assets_link_to_their_yaml_and_code(repository: dg.RepositoryDefinition, project: Project) -> None:
