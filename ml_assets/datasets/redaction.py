@@ -185,7 +185,10 @@ def _presidio() -> Redactor:
             "installed; install them, or list kinds to redact by pattern (email, phone, credit_card, iban, "
             "ip_address, api_key)"
         ) from error
-    engine = AnalyzerEngine()
+    try:
+        engine = AnalyzerEngine()
+    except (Exception, SystemExit) as error:  # spaCy ends the process when its model can't be downloaded
+        raise RedactionUnavailable(f"dataset.redact: presidio cannot start: {error}") from error
 
     def redact(text: str) -> tuple[str, Counter[str]]:
         found: Counter[str] = Counter()

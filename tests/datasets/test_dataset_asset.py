@@ -51,19 +51,26 @@ def instance():
         yield instance
 
 
+def resources() -> dict:
+    return {"artifact_store": ArtifactStoreResource(), "io_manager": ArtifactRefIOManager()}
+
+
+def definitions(assets) -> dg.Definitions:
+    return dg.Definitions(assets=assets, resources=resources())
+
+
 def materialize(folder: Path, instance, selected=(DATASET,), **changes) -> dg.ExecuteInProcessResult:
     assets = [build_source_asset(spec(**changes), folder), build_dataset_asset(spec(**changes), folder)]
     if list(selected) == [SOURCE]:
-        job = dg.Definitions(assets=assets).resolve_implicit_global_asset_job_def()
-        return job.get_subset(asset_selection={SOURCE}).execute_in_process(
-            instance=instance, raise_on_error=False
-        )
+        job = definitions(assets).resolve_implicit_global_asset_job_def()
+        observe = job.get_subset(asset_selection={SOURCE})
+        return observe.execute_in_process(instance=instance, raise_on_error=False)
     return dg.materialize(
         assets,
         selection=[assets[1]],
         instance=instance,
         raise_on_error=False,
-        resources={"artifact_store": ArtifactStoreResource(), "io_manager": ArtifactRefIOManager()},
+        resources=resources(),
     )
 
 
@@ -130,7 +137,6 @@ def test_the_ui_says_stale_when_the_source_changed_and_only_then(tmp_path, insta
     ("rows", "changes", "failed", "message"),
     [
         (faq(12), {}, "enough_rows", "enough_rows: .* train rows, 20 needed"),
-        (faq(80), {"dataset": {"evaluation_share": 1e-9}}, "both_splits", "both_splits: no evaluation rows"),
         (faq(80), {"dataset": {"min_evaluation_rows": 500}}, "enough_rows", "evaluation rows, 500 needed"),
     ],
 )
@@ -148,11 +154,18 @@ def test_what_would_be_dishonest_is_refused(tmp_path, instance, rows, changes, f
     assert ArtifactRefIOManager().load(DATASET) == before, "the dataset before stays"
 
 
+def test_an_empty_side_is_refused(tmp_path, instance):
+    write(tmp_path, faq(80))
+    result = materialize(tmp_path, instance, dataset={"evaluation_share": 1e-9})
+    assert checks(result)["both_splits"] is False
+    assert "both_splits: no evaluation rows" in failure(result)
+    assert not (Path(ArtifactStoreResource().store().root) / "dataset").exists()
+
+
 def test_leakage_refuses(tmp_path, instance, monkeypatch):
     """A remover that misses rows is caught by the measure."""
-    monkeypatch.setattr(
-        "ml_assets.datasets.snapshot._Builder.drop_leaks", lambda self, train, evaluation: train
-    )
+    remover = "ml_assets.datasets.snapshot._Builder.drop_leaks"
+    monkeypatch.setattr(remover, lambda self, train, evaluation: train)
     text = "the committee met on monday to talk about the budget for the coming year and agreed on nothing"
     write(tmp_path, [*faq(80), *({"q": f"{text}{'.' * n}", "a": "left", "lang": "en"} for n in range(10))])
     result = materialize(tmp_path, instance)
@@ -200,8 +213,7 @@ def test_definitions_say_whose_it_is_and_how_fresh_it_should_be(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error", dg.BetaWarning)
         source, dataset = build_source_asset(spec(), tmp_path), build_dataset_asset(spec(), tmp_path)
-    defs = dg.Definitions(assets=[source, dataset])
-    dg.Definitions.validate_loadable(defs)
+    dg.Definitions.validate_loadable(definitions([source, dataset]))
     for key, asset in ((SOURCE, source), (DATASET, dataset)):
         found = asset.specs_by_key[key]
         assert found.owners == ["team:shop"]
