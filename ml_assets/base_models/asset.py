@@ -34,6 +34,9 @@ def build_base_model_asset(families: Sequence[BaseFamily], root: Path) -> dg.Ass
     @dg.asset(
         name="base_model",
         partitions_def=BASE_MODELS,
+        dagster_type=dg.PythonObjectDagsterType(
+            ArtifactRef
+        ),  # with checks, the return annotation says nothing
         group_name="base_models",
         kinds={"transformers", "safetensors"},
         code_version=CONVERSION_VERSION,
@@ -56,7 +59,7 @@ def build_base_model_asset(families: Sequence[BaseFamily], root: Path) -> dg.Ass
         context: dg.AssetExecutionContext,
         artifact_store: ArtifactStoreResource,
         base_model_hub: BaseModelHub,
-    ) -> dg.MaterializeResult[ArtifactRef]:
+    ) -> dg.MaterializeResult:
         try:
             built = build_base(
                 context.partition_key,
@@ -67,7 +70,7 @@ def build_base_model_asset(families: Sequence[BaseFamily], root: Path) -> dg.Ass
                 base_model_hub.access(),
                 context.log.info,
             )
-        except BaseModelError as error:
+        except (BaseModelError, OSError) as error:
             raise dg.Failure(str(error), allow_retries=isinstance(error, SourceUnavailable)) from error
         return dg.MaterializeResult(
             value=built.ref,
