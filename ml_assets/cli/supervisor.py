@@ -158,7 +158,7 @@ def programs(settings: Settings, socket_path: str) -> list[Program]:
         ),
         Program(
             "dagster-daemon",
-            (*python, *"dagster._daemon run --log-level warning -w".split(), str(workspace)),
+            (*python, *["dagster._daemon", "run", "--log-level", "warning", "-w"], str(workspace)),
             settings.dagster_home,
         ),
         Program(
