@@ -30,6 +30,7 @@ def build_eval_report_asset(spec: CustomizationSpec, root: Path) -> dg.AssetsDef
 
     @dg.asset(
         key=key,
+        dagster_type=ARTIFACT_REF,
         ins={
             "adapter": dg.AssetIn(key=dg.AssetKey([spec.name, "adapter"])),
             "dataset": dg.AssetIn(key=dg.AssetKey([spec.name, "dataset"])),
