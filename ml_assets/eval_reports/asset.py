@@ -16,7 +16,7 @@ from ml_assets.eval_reports.report import headline
 from ml_assets.eval_reports.runner import EvaluationError
 from ml_assets.settings import Settings
 from ml_assets.spec import CustomizationSpec
-from resources.artifact_store import ArtifactRefIOManager, ArtifactStoreResource
+from resources.artifact_store import ARTIFACT_REF, ArtifactRefIOManager, ArtifactStoreResource
 from resources.mlflow_tracking import MlflowTracking, TrackedRun, VersionInfo
 
 CHAMPION, CHALLENGER = "champion", "challenger"
