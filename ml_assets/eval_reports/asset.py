@@ -102,7 +102,7 @@ def build_eval_report_asset(spec: CustomizationSpec, root: Path) -> dg.AssetsDef
             data_version=dg.DataVersion(built.ref.digest),
             metadata={
                 **_metadata(built),
-                "report": dg.MetadataValue.url(f"{tracked.url}/artifacts/eval_report/report.html"),
+                "report": dg.MetadataValue.url(tracked.artifact_url("eval_report/report.html")),
                 "mlflow_run": dg.MetadataValue.url(tracked.url),
                 "mlflow_version": dg.MetadataValue.url(mlflow_tracking.version_url(version)),
             },
