@@ -28,6 +28,7 @@ from ml_assets.mistakes import (
     validate,
 )
 from ml_assets.spec import BaseModelsSpec, CustomizationSpec, PythonMetric, PythonSource
+from sensors.base_updates import build_base_updates_sensor
 
 M = TypeVar("M", bound=BaseModel)
 
@@ -187,8 +188,8 @@ def _declared_families(project: Path) -> list[str]:
 @dg.scaffold_with(BaseModelsScaffolder)
 @dataclass(frozen=True)
 class BaseModels(dg.Component):
-    """The base models that customizations can follow: one asset `base_model`, a partition for each
-    revision."""
+    """The base models that customizations can follow: one asset `base_model` with a partition for each
+    revision, and the sensor that notices new ones."""
 
     spec: BaseModelsSpec
     origin: Origin
@@ -208,10 +209,10 @@ class BaseModels(dg.Component):
             raise self.origin.error(
                 [Mistake((), f"expected one ml_assets.BaseModels, found another at {first.origin.at()}")]
             )
+        families, root = self.spec.families, self.origin.file.parent
         return dg.Definitions(
-            assets=dg.with_source_code_references(
-                [build_base_model_asset(self.spec.families, self.origin.file.parent)]
-            )
+            assets=dg.with_source_code_references([build_base_model_asset(families, root)]),
+            sensors=[build_base_updates_sensor(families, root)],
         )
 
 

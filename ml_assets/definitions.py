@@ -1,17 +1,22 @@
 """The code location: everything below a defs folder, with this deployment's resources."""
 
+import warnings
 from pathlib import Path
 
 import dagster as dg
-from resources.gateway import GatewayResource
-from resources.ledger import LedgerResource
 
 from ml_assets.adapters.reproduce import build_reproduce_job
 from ml_assets.customization import Customization
-from ml_assets.mistakes import SpecError
+from ml_assets.mistakes import SpecError, check_files
 from resources.artifact_store import ArtifactRefIOManager, ArtifactStoreResource
 from resources.base_model_hub import BaseModelHub
+from resources.gateway import GatewayResource
+from resources.ledger import LedgerResource
 from resources.mlflow_tracking import MlflowTracking
+
+# Used on purpose, in every asset check of a base revision and every job: the notes would bury real warnings.
+warnings.filterwarnings("ignore", r"Parameter `partitions_def` of .*AssetCheckSpec", dg.PreviewWarning)
+warnings.filterwarnings("ignore", r"Parameter `owners` of .*(Job|to_job)", dg.BetaWarning)
 
 
 def build_definitions(project: Path) -> dg.Definitions:
@@ -39,6 +44,7 @@ def build_definitions(project: Path) -> dg.Definitions:
 
 
 def _load(project: Path) -> dg.Definitions:
+    check_files(project)
     try:
         return dg.load_from_defs_folder(path_within_project=project)
     except Exception as error:

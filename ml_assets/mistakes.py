@@ -11,11 +11,12 @@ import os
 import re
 import sys
 import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+import yaml
 from pydantic import BaseModel, ValidationError
 
 from ml_assets.spec import PATTERN_WORDS, SHAPES
@@ -70,6 +71,70 @@ def did_you_mean(found: object, known: Iterable[str]) -> str:
     """` (did you mean 'x'?)`, or nothing when no known word is close."""
     close = difflib.get_close_matches(str(found), list(known), n=1)
     return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+# -- the file ------------------------------------------------------------------------------------------
+
+FILE_NAMES = {"defs.yaml", "defs.yml"}
+FILE_FIELDS = ("type", "attributes", "requirements", "template_vars_module", "post_processing")
+
+
+def check_files(folder: Path) -> None:
+    """Raises SpecError for what is wrong with the YAML files below `folder` before any block is validated:
+    syntax, fields given twice (YAML silently takes the last), unquoted templates, fields beside
+    `attributes`."""
+    files = sorted(file for file in folder.rglob("*") if file.name in FILE_NAMES)
+    if lines := [
+        str(Origin(file, line).error([mistake])) for file in files for line, mistake in _in_file(file)
+    ]:
+        raise SpecError("\n".join(lines))
+
+
+def _in_file(file: Path) -> Iterator[tuple[int, Mistake]]:
+    try:
+        documents = [
+            node for node in yaml.compose_all(file.read_text(encoding="utf-8"), yaml.CSafeLoader) if node
+        ]
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        yield (
+            (mark.line + 1 if mark else 1),
+            Mistake((), f"not valid YAML: {error.context or ''} {error.problem}"),
+        )
+        return
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        yield 1, Mistake((), f"not valid YAML: {error}")
+        return
+    for document in documents:
+        wrong = list(_in_node(document, ()))
+        yield from wrong
+        if not wrong and isinstance(document, yaml.MappingNode):
+            for key, value in document.value:
+                line = key.start_mark.line + 1
+                if key.value not in FILE_FIELDS:
+                    known = f"expected one of: {', '.join(FILE_FIELDS)}{did_you_mean(key.value, FILE_FIELDS)}"
+                    yield line, Mistake((key.value,), f"unknown field; {known}")
+                elif key.value == "attributes" and not isinstance(value, yaml.MappingNode):
+                    yield line, Mistake(("attributes",), "expected a block of fields")
+        elif not wrong:
+            yield 1, Mistake((), "expected the fields 'type' and 'attributes'")
+
+
+def _in_node(node: yaml.Node, steps: Steps) -> Iterator[tuple[int, Mistake]]:
+    if isinstance(node, yaml.SequenceNode):
+        for index, item in enumerate(node.value):
+            yield from _in_node(item, (*steps, index))
+    elif isinstance(node, yaml.MappingNode):
+        first: dict[str, int] = {}
+        for key, value in node.value:
+            line = key.start_mark.line + 1
+            if not isinstance(key, yaml.ScalarNode):
+                yield line, Mistake(steps, "expected text; quote a value that starts with a brace")
+                return
+            if key.value in first:
+                yield line, Mistake((*steps, key.value), f"given twice; first in line {first[key.value]}")
+            first.setdefault(key.value, line)
+            yield from _in_node(value, (*steps, key.value))
 
 
 # -- the model -----------------------------------------------------------------------------------------

@@ -3,16 +3,17 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import dagster as dg
 import pytest
+from customizations import COLOURS_YAML, Project, base_models_yaml, colour_rows
 
 from ml_assets.customization import Customization
 from ml_assets.mistakes import SpecError
-from tests.customizations import COLOURS_YAML, Project, base_models_yaml, colour_rows
 
 REPOSITORY = Path(__file__).parent.parent
 NAMES_OF_METRICS = "'exact_match', 'json_valid', 'json_field_f1', 'accuracy', 'macro_f1', 'chrf' or 'rouge_l'"
@@ -35,6 +36,7 @@ def run_dg(project: Project, *arguments: str) -> subprocess.CompletedProcess[str
         capture_output=True,
         text=True,
         timeout=120,
+        check=False,
     )
 
 
@@ -246,6 +248,58 @@ def test_a_mistake_is_one_line_with_file_line_and_expectation(project: Project, 
     assert str(error.value) == f"{file}:{line}: {message}"
 
 
+FILES = {
+    "syntax": (
+        '{text}"',
+        "{text}",
+        10,
+        "not valid YAML: while parsing a block mapping did not find expected key",
+    ),
+    "a tab": (
+        "    path",
+        "\tpath",
+        7,
+        "not valid YAML: while scanning a plain scalar found a tab character that violates indentation",
+    ),
+    "a field given twice": (
+        "  evaluation:",
+        "  name: other\n  evaluation:",
+        12,
+        "attributes.name: given twice; first in line 3",
+    ),
+    "a template without quotes": (
+        "rows.jsonl",
+        "{{ env.HOME }}",
+        7,
+        "attributes.source.path: expected text; quote a value that starts with a brace",
+    ),
+    "a field beside the attributes": (
+        "attributes:",
+        "atributes:",
+        2,
+        "atributes: unknown field; expected one of: type, attributes, requirements, template_vars_module, "
+        "post_processing (did you mean 'attributes'?)",
+    ),
+    "attributes that are no block": (
+        COLOURS_YAML.partition("\n")[2],
+        "attributes: [name]\n",
+        2,
+        "attributes: expected a block of fields",
+    ),
+    "no fields at all": (COLOURS_YAML, "colours\n", 1, "expected the fields 'type' and 'attributes'"),
+}
+
+
+@pytest.mark.parametrize("mistake", FILES)
+def test_a_mistake_of_the_file_itself(project: Project, mistake: str) -> None:
+    old, new, line, message = FILES[mistake]
+    file = project.write("colours", COLOURS_YAML.replace(old, new, 1))
+    with pytest.raises(SpecError) as error:
+        project.definitions()
+    assert str(error.value).startswith(f"{file}:{line}: {message}")
+    assert len(str(error.value).splitlines()) == 1
+
+
 def test_all_mistakes_of_a_file_are_told_at_once(project: Project) -> None:
     file = project.write(
         "colours",
@@ -439,6 +493,7 @@ def test_variables_are_filled_in_and_prompts_keep_their_braces(
 # -- the dg program ------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_dg_scaffolds_lists_and_checks(project: Project) -> None:
     """The whole way of a new user, with the program they would use."""
     scaffold = run_dg(project, "scaffold", "defs", "ml_assets.Customization", "greetings")
@@ -459,7 +514,7 @@ def test_dg_scaffolds_lists_and_checks(project: Project) -> None:
     assert "All definitions loaded successfully" in check.stdout
 
     listed = json.loads(run_dg(project, "list", "defs", "--json").stdout)
-    keys = {asset["key"] for asset in listed["assets"]}
+    keys = {asset["asset_key"] for asset in listed["assets"]}
     kinds = ("source", "dataset", "adapter", "eval_report", "endpoint")
     assert keys == {"base_model", *(f"{n}/{k}" for n in ("colours", "greetings") for k in kinds)}
 
@@ -467,6 +522,7 @@ def test_dg_scaffolds_lists_and_checks(project: Project) -> None:
     assert "ml_assets.Customization" in components and "ml_assets.BaseModels" in components
 
 
+@pytest.mark.slow
 def test_dg_tells_mistakes_with_file_and_line(project: Project) -> None:
     broken = COLOURS_YAML.replace("{text}", "{txt}")
     file = project.write("colours", broken)
@@ -486,8 +542,9 @@ def test_dg_tells_mistakes_with_file_and_line(project: Project) -> None:
     assert "'pth' was unexpected" in output.stdout and "'path' is a required property" in output.stdout
 
 
+@pytest.mark.slow
 def test_base_models_scaffold(project: Project) -> None:
-    (project.defs / "bases" / "defs.yaml").unlink()
+    shutil.rmtree(project.defs / "bases")
     result = run_dg(project, "scaffold", "defs", "ml_assets.BaseModels", "bases")
     assert result.returncode == 0, result.stdout + result.stderr
     file = project.defs / "bases" / "defs.yaml"

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import yaml
+from customizations import COLOURS_YAML
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
@@ -20,7 +21,6 @@ from ml_assets.spec import (
     template_columns,
     without_password,
 )
-from tests.customizations import COLOURS_YAML
 
 
 def spec(**changes: Any) -> CustomizationSpec:
@@ -95,7 +95,7 @@ def test_template_columns_are_the_named_ones_in_order(parts: list[tuple[str, str
     "template", ["{", "}", "{a", "a}", "{}", "{0}", "{a.b}", "{a[0]}", "{a b}", "{a!r}", "{a:>9}", '{"a": 1}']
 )
 def test_what_is_no_template_is_refused(template: str) -> None:
-    with pytest.raises(ValueError, match="brace|column name"):
+    with pytest.raises(ValueError, match=r"brace|column name"):
         template_columns(template)
 
 

@@ -17,7 +17,7 @@ from ml_assets.eval_reports.report import headline
 from ml_assets.eval_reports.runner import EvaluationError
 from ml_assets.settings import Settings
 from ml_assets.spec import CustomizationSpec
-from resources.artifact_store import ArtifactRefIOManager, ArtifactStoreResource
+from resources.artifact_store import ARTIFACT_REF, ArtifactRefIOManager, ArtifactStoreResource
 from resources.mlflow_tracking import MlflowTracking, TrackedRun, VersionInfo
 
 CHAMPION, CHALLENGER = "champion", "challenger"
@@ -31,6 +31,7 @@ def build_eval_report_asset(spec: CustomizationSpec, root: Path) -> dg.AssetsDef
 
     @dg.asset(
         key=key,
+        dagster_type=ARTIFACT_REF,
         ins={
             "adapter": dg.AssetIn(key=dg.AssetKey([spec.name, "adapter"])),
             "dataset": dg.AssetIn(key=dg.AssetKey([spec.name, "dataset"])),

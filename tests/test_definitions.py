@@ -1,0 +1,149 @@
+"""What the code location offers to the UI, and what loading it costs."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import dagster as dg
+import pytest
+from customizations import COLOURS_YAML, Project, base_models_yaml, colour_rows
+
+REPOSITORY = Path(__file__).parent.parent
+HEAVY = ("torch", "transformers", "peft", "mlflow", "datasets", "matplotlib", "sklearn")
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
+    project = Project.create(tmp_path_factory.mktemp("shop"))
+    project.write("bases", base_models_yaml({"tiny": project.root / "tiny"}))
+    project.write("colours", COLOURS_YAML, colour_rows(30))
+    project.write("places", COLOURS_YAML.replace("name: colours", "name: places"), colour_rows(30))
+    return project
+
+
+@pytest.fixture(scope="module")
+def repository(project: Project) -> dg.RepositoryDefinition:
+    definitions = project.definitions()
+    dg.Definitions.validate_loadable(definitions)
+    return definitions.get_repository_def()
+
+
+def test_assets_of_a_customization(repository: dg.RepositoryDefinition) -> None:
+    graph = repository.asset_graph
+    seen = {}
+    for key in graph.get_all_asset_keys():
+        node = graph.get(key)
+        partitions = node.partitions_def
+        seen[key.to_user_string()] = {
+            "group": node.group_name,
+            "owners": sorted(node.owners),
+            "partitions": partitions.name if isinstance(partitions, dg.DynamicPartitionsDefinition) else None,
+            "parents": sorted(parent.to_user_string() for parent in node.parent_keys),
+            "pool": bool(node.pools),
+        }
+        assert node.kinds and node.description, key
+    assert seen == {
+        "base_model": _asset("base_models", [], "base_models", owners=[]),
+        **{
+            f"{name}/{kind}": _asset(name, parents, partitions, pool=kind in ("adapter", "eval_report"))
+            for name in ("colours", "places")
+            for kind, parents, partitions in (
+                ("source", [], None),
+                ("dataset", [f"{name}/source"], None),
+                ("adapter", ["base_model", f"{name}/dataset"], "base_models"),
+                ("eval_report", ["base_model", f"{name}/adapter", f"{name}/dataset"], "base_models"),
+                ("endpoint", [f"{name}/adapter", f"{name}/eval_report"], None),
+            )
+        },
+    }
+
+
+def _asset(
+    group: str,
+    parents: list[str],
+    partitions: str | None,
+    owners: list[str] | None = None,
+    pool: bool = False,
+) -> dict[str, object]:
+    return {
+        "group": group,
+        "owners": ["team:shop"] if owners is None else owners,
+        "partitions": partitions,
+        "parents": parents,
+        "pool": pool,
+    }
+
+
+def test_checks_have_the_partitions_of_their_asset(repository: dg.RepositoryDefinition) -> None:
+    graph = repository.asset_graph
+    checked = set()
+    for key in graph.asset_check_keys:
+        check = graph.get(key)
+        assert check.partitions_def == graph.get(key.asset_key).partitions_def, key
+        assert check.description, key
+        # dishonest data stops training in the same run; an adapter's verdict is the endpoint's to judge
+        assert not check.blocking or key.asset_key.path[-1] == "dataset", key
+        checked.add(key.asset_key.to_user_string())
+    assert {f"colours/{kind}" for kind in ("dataset", "adapter", "eval_report")} <= checked
+
+
+def test_one_job_brings_a_customization_up_to_date_for_a_base_revision(
+    repository: dg.RepositoryDefinition,
+) -> None:
+    job = repository.get_job("colours__main")
+    kinds = ("dataset", "adapter", "eval_report", "endpoint")
+    assert job.asset_layer.selected_asset_keys == {dg.AssetKey(["colours", kind]) for kind in kinds}
+    graph = repository.asset_graph
+    checks = {k for k in graph.asset_check_keys if k.asset_key in job.asset_layer.selected_asset_keys}
+    assert checks and job.asset_layer.asset_graph.asset_check_keys == checks
+    assert job.partitions_def is not None and job.partitions_def.name == "base_models"  # type: ignore[union-attr]
+    assert repository.has_job("reproduce")
+    assert repository.has_sensor_def("base_updates")
+
+
+def test_assets_link_to_their_yaml_and_code(repository: dg.RepositoryDefinition, project: Project) -> None:
+    metadata = repository.asset_graph.get(dg.AssetKey(["colours", "dataset"])).metadata
+    references = metadata["dagster/code_references"].code_references
+    files = [reference.file_path for reference in references]
+    assert str(project.defs / "colours" / "defs.yaml") in files
+    assert str(REPOSITORY / "ml_assets" / "datasets" / "asset.py") in files
+
+
+def test_loading_is_light_and_quiet(project: Project, capsys: pytest.CaptureFixture[str]) -> None:
+    """No heavy library is imported, and Dagster's warnings about preview features are not printed."""
+    program = f"""
+import json, sys, time
+start = time.perf_counter()
+import dagster
+framework = time.perf_counter() - start
+from {project.package}.definitions import defs
+import dagster as dg
+dg.Definitions.validate_loadable(defs())
+heavy = [name for name in {HEAVY!r} if name in sys.modules]
+print(json.dumps({{"heavy": heavy, "dagster": framework, "all": time.perf_counter() - start}}))
+"""
+    path = os.pathsep.join([str(project.root), str(REPOSITORY)])
+    result = subprocess.run(
+        [sys.executable, "-c", program],
+        env=os.environ | {"PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    seen = json.loads(result.stdout)
+    with capsys.disabled():
+        sys.stdout.write(
+            f"\nloading two customizations: {seen['all']:.1f} s, {seen['dagster']:.1f} s of it dagster\n"
+        )
+    assert seen["heavy"] == []
+    assert "Warning" not in result.stderr, result.stderr
+
+
+def test_the_repository_itself_loads() -> None:
+    from ml_assets.definitions import defs
+
+    dg.Definitions.validate_loadable(defs())
