@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,7 @@ def build_eval_report_asset(spec: CustomizationSpec, root: Path) -> dg.AssetsDef
         adapter: ArtifactRef,
         dataset: ArtifactRef,
         base_model: ArtifactRef,
-    ) -> dg.MaterializeResult:
+    ) -> Iterator[dg.MaterializeResult]:
         from ml_assets.engine.loading import IncompatibleAdapter, read_json
 
         settings, store = Settings.from_env(), artifact_store.store()
@@ -93,16 +94,16 @@ def build_eval_report_asset(spec: CustomizationSpec, root: Path) -> dg.AssetsDef
             customization=spec.name,
             base_revision=context.partition_key,
             input_key=manifest["input_key"],
-            dagster_run_id=context.run_id,
+            dagster_run_id=context.run.run_id,
             partition=context.partition_key,
         ) as tracked:
             version = record(mlflow_tracking, tracked, spec.name, adapter, manifest, built)
-        return dg.MaterializeResult(
+        yield dg.MaterializeResult(
             value=built.ref,
             data_version=dg.DataVersion(built.ref.digest),
             metadata={
                 **_metadata(built),
-                "report": dg.MetadataValue.url(tracked.artifact_url("eval_report/report.html")),
+                "report": dg.MetadataValue.url(f"{tracked.url}/artifacts/eval_report/report.html"),
                 "mlflow_run": dg.MetadataValue.url(tracked.url),
                 "mlflow_version": dg.MetadataValue.url(mlflow_tracking.version_url(version)),
             },
