@@ -30,11 +30,12 @@ $(VENV)/.locked: $(LOCKS)
 	@$(PYTHON) -m venv $(VENV) || { \
 		echo "error: $(PYTHON) can't make virtual environments (on Debian: apt-get install python3-venv)" >&2; \
 		rm -rf $(VENV); exit 1; }
-	$(BIN)/pip install --quiet $(addprefix -r ,$(LOCKS))
+	@echo "installing what $(LOCKS) list; this takes some minutes"
+	@$(BIN)/pip install -qq $(addprefix -r ,$(LOCKS))
 	@touch $@
 
 $(STAMP): $(VENV)/.locked pyproject.toml
-	$(BIN)/pip install --quiet --no-deps --editable .
+	@$(BIN)/pip install -qq --no-deps --editable .
 	@touch $@
 
 .PHONY: lock
@@ -44,9 +45,9 @@ lock:  ## pin the newest versions that pyproject.toml allows, from a fresh envir
 		build/lock/bin/python -c 'import functools, sys, tomllib; \
 			print(*functools.reduce(dict.get, sys.argv[1].split("."), tomllib.load(open("pyproject.toml", "rb"))), sep="\n")' \
 			$$group > build/lock/$$group.txt || exit 1; done
-	build/lock/bin/pip install --quiet -r build/lock/project.dependencies.txt
+	build/lock/bin/pip install -qq -r build/lock/project.dependencies.txt
 	build/lock/bin/pip freeze | sed 's/+cpu$$//' | grep -viE '^(nvidia|cuda|triton)' > requirements.lock
-	build/lock/bin/pip install --quiet -r build/lock/dependency-groups.dev.txt -c requirements.lock
+	build/lock/bin/pip install -qq -r build/lock/dependency-groups.dev.txt -c requirements.lock
 	build/lock/bin/pip freeze | sed 's/+cpu$$//' | grep -viE '^(nvidia|cuda|triton)' | \
 		grep -vxFf requirements.lock > requirements-dev.lock
 	rm -rf build/lock

@@ -11,23 +11,29 @@ What may differ between two computations of the same payload (time, cost, run id
 """
 
 import contextlib
+import errno
+import fcntl
 import hashlib
 import json
+import logging
 import os
 import shutil
-import tempfile
+import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
+import filelock
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from ml_assets.settings import Settings
 
 FILES = "files.json"
+_LEFTOVER_SECONDS = 60  # a staging directory this young may be about to be locked by its process
+_log = logging.getLogger(__name__)
 
 
 class ArtifactError(Exception):
@@ -104,6 +110,66 @@ def _fsync_directory(path: Path) -> None:
         os.close(descriptor)
 
 
+def _fsync_tree(directory: Path) -> None:
+    for path in directory.rglob("*"):
+        if path.is_dir():
+            _fsync_directory(path)
+        else:
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+    _fsync_directory(directory)
+
+
+def _device(path: Path) -> int:
+    """The file system that `path` is on, or will be."""
+    while not path.exists():
+        path = path.parent
+    return path.stat().st_dev
+
+
+def _remove_leftovers(staging: Path) -> None:
+    """Remove the staging directories whose process is gone: a living one holds a lock."""
+    for path in staging.iterdir():
+        with contextlib.suppress(OSError):
+            if not path.is_dir() or time.time() - path.stat().st_mtime < _LEFTOVER_SECONDS:
+                continue
+            descriptor = os.open(path, os.O_RDONLY)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(path, ignore_errors=True)
+            finally:
+                os.close(descriptor)
+
+
+def _plain_files(directory: Path) -> dict[str, Path]:
+    """{name: path} of the files below a directory, sorted. A link would let content change afterwards."""
+    files = {}
+    for path in sorted(directory.rglob("*")):
+        if path.is_symlink() or not (path.is_file() or path.is_dir()):
+            raise ArtifactError(f"{path}: expected plain files and folders, found a link or special file")
+        if path.is_file():
+            files[path.relative_to(directory).as_posix()] = path
+    return files
+
+
+def _check_names(names: Iterable[str]) -> None:
+    for name in names:
+        path = PurePosixPath(name)
+        if path.is_absolute() or ".." in path.parts or str(path) != name or name == ".":
+            raise ArtifactError(f"{name!r}: expected a relative path without '..'")
+
+
+def _parse(ref: ArtifactRef, listing: bytes, where: str) -> dict[str, dict[str, Any]]:
+    """{name: {"sha256", "bytes"}} of a listing whose hash is the artifact's name."""
+    if sha256_bytes(listing) != ref.digest:
+        raise ArtifactError(f"{where}/{FILES}: hash differs from the artifact's name {ref.digest}")
+    content = json.loads(listing)
+    if content["kind"] != ref.kind:
+        raise ArtifactError(f"{where}/{FILES}: is of kind {content['kind']}, expected {ref.kind}")
+    _check_names(content["files"])
+    return content["files"]
+
+
 class ArtifactStore:
     """Publishes and opens artifacts below `url`. Remote artifacts are read through `cache`, a directory that
     only this user can write (default: `<EVERGREEN_HOME>/cache/artifacts`)."""
@@ -113,26 +179,31 @@ class ArtifactStore:
         self.root = str(root).rstrip("/")
         self.local = isinstance(self.fs, LocalFileSystem)
         self.cache = cache or Settings.from_env().artifact_cache
+        self._staging = (Path(self.root) if self.local else self.cache) / ".staging"
 
     # -- publish ---------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
     def staging(self, kind: str) -> Iterator[Path]:
         """A fresh directory to fill before `publish_directory`; it is on the store's own file system when
-        that is local, so that publishing is a rename, and it is removed at exit."""
-        if self.local:
-            parent = Path(self.root) / ".staging"
-            parent.mkdir(parents=True, exist_ok=True)
-        else:
-            parent = None
-        path = Path(tempfile.mkdtemp(prefix=f"{kind}-", dir=parent))
+        that is local, so that publishing is a rename, and it is removed at exit. What killed processes have
+        left there is removed too."""
+        parent = self._staging
+        _make_directory(parent)
+        _remove_leftovers(parent)
+        path = parent / f"{kind}-{uuid.uuid4().hex}"
+        path.mkdir()
+        descriptor = os.open(path, os.O_RDONLY)
         try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)  # says that this process lives
             yield path
         finally:
             shutil.rmtree(path, ignore_errors=True)
+            os.close(descriptor)
 
     def publish(self, kind: str, files: Mapping[str, bytes]) -> ArtifactRef:
         """Publish small files given by content. Same content, same digest; publishing again is a no-op."""
+        _check_names(files)
         with self.staging(kind) as directory:
             for name, data in files.items():
                 path = directory / name
@@ -143,50 +214,70 @@ class ArtifactStore:
     def publish_directory(self, kind: str, directory: Path) -> ArtifactRef:
         """Publish every file below `directory` (it is consumed when the store is local).
 
-        Raises OSError when the disk is full; then nothing is visible. Two writers of the same content both
-        succeed.
+        Two writers of the same content both succeed; a damaged artifact of the same content is replaced.
+        Raises OSError when the disk is full, then nothing is visible; ArtifactError for an empty directory
+        and for anything but plain files and folders.
         """
+        if self.local and directory.stat().st_dev != _device(self._staging):
+            with self.staging(kind) as staged:  # a rename can't cross file systems
+                shutil.copytree(directory, staged, symlinks=True, dirs_exist_ok=True)
+                return self.publish_directory(kind, staged)
+        paths = _plain_files(directory)
         files = {
-            path.relative_to(directory).as_posix(): {
-                "sha256": sha256_file(path),
-                "bytes": path.stat().st_size,
-            }
-            for path in sorted(directory.rglob("*"))
-            if path.is_file()
+            name: {"sha256": sha256_file(path), "bytes": path.stat().st_size} for name, path in paths.items()
         }
         if not files or FILES in files:
             raise ArtifactError(f"{directory}: expected at least one file, and none named {FILES}")
         listing = canonical_json({"kind": kind, "files": files})
         ref = ArtifactRef(kind, sha256_bytes(listing))
-        if self.exists(ref):
+        if self._is_intact(ref):
             return ref
-        (directory / FILES).write_bytes(listing)
         if self.local:
-            self._publish_local(ref, directory)
+            (directory / FILES).write_bytes(listing)
+            _fsync_tree(directory)
+            self._install(directory, Path(self._directory(ref)), ref)
         else:
             target = self._directory(ref)
-            for name in [*files, FILES]:  # the listing last: without it the artifact does not exist
+            for name, path in paths.items():
                 self.fs.makedirs(os.path.dirname(f"{target}/{name}"), exist_ok=True)
-                self.fs.put_file(str(directory / name), f"{target}/{name}")
+                self.fs.put_file(str(path), f"{target}/{name}")
+            self.fs.pipe_file(f"{target}/{FILES}", listing)  # last: without it the artifact does not exist
         return ref
 
-    def _publish_local(self, ref: ArtifactRef, directory: Path) -> None:
-        for path in directory.rglob("*"):
-            if path.is_file():
-                with path.open("rb") as file:
-                    os.fsync(file.fileno())
+    def _is_intact(self, ref: ArtifactRef) -> bool:
+        """Whether publishing has nothing to do. A remote artifact is not downloaded for it."""
+        if not self.exists(ref):
+            return False
+        try:
+            if self.local:
+                self._verify(ref, Path(self._directory(ref)))
             else:
-                _fsync_directory(path)
-        _fsync_directory(directory)
-        target = Path(self._directory(ref))
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if target.exists() and not self.exists(ref):
-            shutil.rmtree(target)  # what is left of a deletion that was interrupted
+                listing = self.fs.cat_file(f"{self._directory(ref)}/{FILES}")
+                for name, entry in _parse(ref, listing, self._directory(ref)).items():
+                    if self.fs.size(f"{self._directory(ref)}/{name}") != entry["bytes"]:
+                        return False
+        except (ArtifactError, OSError):
+            return False
+        return True
+
+    def _install(self, directory: Path, target: Path, ref: ArtifactRef) -> None:
+        """Rename `directory` (complete, on disk) to `target`, unless another process was first. What is left
+        of a damaged artifact makes room."""
+        _make_directory(target.parent)
         try:
             os.rename(directory, target)
-        except OSError:
-            if not self.exists(ref):  # else another writer was first, with the same content
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                 raise
+            with filelock.FileLock(self._staging / "replace.lock"):
+                try:
+                    self._verify(ref, target)
+                except ArtifactError as damage:
+                    _log.warning("replacing a damaged artifact: %s", damage)
+                    with self.staging(ref.kind) as trash:
+                        with contextlib.suppress(FileNotFoundError):  # deleted meanwhile
+                            os.rename(target, trash / "damaged")
+                        os.rename(directory, target)
         _fsync_directory(target.parent)
 
     # -- read ------------------------------------------------------------------------------------------
@@ -206,53 +297,55 @@ class ArtifactStore:
         """
         if not self.exists(ref):
             raise ArtifactError(f"{ref.kind} {ref.digest}: no such artifact in {self.root}")
-        directory = Path(self._directory(ref)) if self.local else self._download(ref)
+        if not self.local:
+            return self._fetch(ref)
+        directory = Path(self._directory(ref))
         self._verify(ref, directory)
         return directory
 
-    def _download(self, ref: ArtifactRef) -> Path:
+    def _fetch(self, ref: ArtifactRef) -> Path:
+        """The verified local copy of a remote artifact; a missing or damaged copy is downloaded."""
         target = self.cache / ref.kind / ref.digest
-        if (target / FILES).exists():
+        with contextlib.suppress(ArtifactError):
+            self._verify(ref, target)
             return target
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=".fetch-", dir=target.parent))
-        try:
-            listing = self.fs.cat_file(f"{self._directory(ref)}/{FILES}")
+        with self.staging(ref.kind) as temporary:
+            try:
+                listing = self.fs.cat_file(f"{self._directory(ref)}/{FILES}")
+                for name in _parse(ref, listing, self._directory(ref)):
+                    (temporary / name).parent.mkdir(parents=True, exist_ok=True)
+                    self.fs.get_file(f"{self._directory(ref)}/{name}", str(temporary / name))
+            except OSError as error:
+                raise ArtifactError(f"{ref}: cannot be read from {self.root}: {error}") from error
             (temporary / FILES).write_bytes(listing)
-            for name in json.loads(listing)["files"]:
-                (temporary / name).parent.mkdir(parents=True, exist_ok=True)
-                self.fs.get_file(f"{self._directory(ref)}/{name}", str(temporary / name))
             self._verify(ref, temporary)
-            with contextlib.suppress(OSError):  # another reader may have been first
-                os.rename(temporary, target)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+            self._install(temporary, target, ref)
         return target
 
     def _verify(self, ref: ArtifactRef, directory: Path) -> None:
         try:
-            listing = (directory / FILES).read_bytes()
-            if sha256_bytes(listing) != ref.digest:
-                raise ArtifactError(
-                    f"{directory / FILES}: hash differs from the artifact's name {ref.digest}"
-                )
-            expected = json.loads(listing)["files"]
-            found = {p.relative_to(directory).as_posix() for p in directory.rglob("*") if not p.is_dir()}
-            for name in sorted(found - set(expected) - {FILES}):
-                raise ArtifactError(f"{directory / name}: not a file of artifact {ref}")
+            expected = _parse(ref, (directory / FILES).read_bytes(), str(directory))
+            found = _plain_files(directory)
+            for name in sorted(set(found) - set(expected) - {FILES}):
+                raise ArtifactError(f"{found[name]}: not a file of artifact {ref}")
             for name, entry in expected.items():
-                path = directory / name
-                actual = sha256_file(path)
+                actual = sha256_file(directory / name)
                 if actual != entry["sha256"]:
-                    raise ArtifactError(f"{path}: hash is {actual}, expected {entry['sha256']}")
+                    raise ArtifactError(f"{directory / name}: hash is {actual}, expected {entry['sha256']}")
         except OSError as error:
             raise ArtifactError(f"{ref}: cannot be read: {error}") from error
 
     def delete(self, ref: ArtifactRef) -> None:
-        """Remove an artifact. The listing goes first, so that a half-deleted artifact does not exist."""
+        """Remove an artifact; no-op when it is not there. A reader finds all of it or nothing: locally it is
+        moved away first, remotely its listing goes first."""
         directory = self._directory(ref)
-        self.fs.rm(f"{directory}/{FILES}")
-        self.fs.rm(directory, recursive=True)
+        if self.local:
+            with self.staging(ref.kind) as trash, contextlib.suppress(FileNotFoundError):
+                os.rename(directory, trash / "deleted")
+        else:
+            with contextlib.suppress(FileNotFoundError):
+                self.fs.rm(f"{directory}/{FILES}")
+                self.fs.rm(directory, recursive=True)
 
     # -- memo ------------------------------------------------------------------------------------------
 
@@ -278,7 +371,7 @@ class ArtifactStore:
         try:
             entry = json.loads(self.fs.cat_file(path))
             check = entry.pop("sha256")
-        except (ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ArtifactError(f"{path}: not a readable index entry: {error}") from error
         if sha256_bytes(canonical_json(entry)) != check:
             raise ArtifactError(f"{path}: hash of the index entry differs; delete the file to compute again")

@@ -45,7 +45,7 @@ ADAPTER_FOLDER = "adapter"
 FORMATS = frozenset(
     {".safetensors", ".json", ".jsonl", ".html", ".md", ".txt", ".csv", ".parquet", ".png", ".svg", ".jinja"}
 )
-LOCK_SECONDS = 120  # a fresh store takes about 10 s to migrate, more on a busy machine
+LOCK_SECONDS = 300  # a fresh store takes about 10 s to migrate, more on a busy machine
 
 
 class TrackingUnavailable(Exception):
@@ -66,6 +66,10 @@ def ensure_store(uri: str, artifact_root: str | None = None) -> None:
         return
     path = Path(str(url.database)).absolute()
     path.parent.mkdir(parents=True, exist_ok=True)
+    _prepare_import()
+    from mlflow.store.db import utils  # before the lock: importing takes seconds
+    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+
     with filelock.FileLock(f"{path}.lock", timeout=LOCK_SECONDS):
         try:
             with contextlib.closing(sqlite3.connect(path, timeout=20)) as connection:
@@ -75,10 +79,6 @@ def ensure_store(uri: str, artifact_root: str | None = None) -> None:
             raise
         except sqlite3.DatabaseError as error:
             raise TrackingUnavailable(f"MLflow store {path} is not a SQLite database: {error}") from error
-        _prepare_import()
-        from mlflow.store.db import utils
-        from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
-
         engine = utils.create_sqlalchemy_engine(uri)
         try:
             if utils._all_tables_exist(engine) and (
@@ -463,10 +463,9 @@ class MlflowTracking(dg.ConfigurableResource):
                 if not _transient(error):
                     raise
                 if time.monotonic() - start + pause > patience:
-                    raise TrackingUnavailable(
-                        f"MLflow at {_shown(self.tracking_uri)} cannot be reached "
-                        f"(tried for {time.monotonic() - start:.0f} s): {error}"
-                    ) from error
+                    waited = f"{time.monotonic() - start:.0f} s"
+                    message = f"MLflow at {self.tracking_uri} cannot be reached (tried for {waited}): {error}"
+                    raise TrackingUnavailable(_without_passwords(message)) from None  # it shows the password
             time.sleep(pause)
             pause = min(pause * 2, 5)
 
@@ -544,6 +543,5 @@ def _quoted(text: str) -> str:
     return text
 
 
-def _shown(uri: str) -> str:
-    """The URI without its password."""
-    return re.sub(r"(//[^:/@]*):[^@/]*@", r"\1:***@", uri)
+def _without_passwords(text: str) -> str:
+    return re.sub(r"(//[^:/@\s]*):[^@/\s]*@", r"\1:***@", text)

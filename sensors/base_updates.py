@@ -58,8 +58,11 @@ def build_base_updates_sensor(
         for problem in failed:
             context.log.error(problem)
         if new:
-            context.log.info(f"new base revisions: {', '.join(new)}")
-            return dg.SensorResult(dynamic_partitions_requests=[BASE_MODELS.build_add_request(new)])
+            return dg.SensorResult(
+                dynamic_partitions_requests=[BASE_MODELS.build_add_request(new)],
+                # no run is launched, so Dagster shows the tick as skipped
+                skip_reason=f"new base revisions: {', '.join(new)}",
+            )
         reasons = [f"unchanged: {', '.join(unchanged)}"] if unchanged else []
         reasons += [f"still being downloaded or hashed: {', '.join(lookups)}"] if lookups else []
         return dg.SkipReason("; ".join(reasons) or "no base model is declared")

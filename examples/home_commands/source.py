@@ -29,8 +29,8 @@ from hassil.expression import (
     TextChunk,
 )
 from hassil.parse_expression import parse_sentence
-from ml_assets.downloads import wheel
 
+from ml_assets.downloads import wheel
 from ml_assets.settings import Settings
 
 INTENTS = (
@@ -219,11 +219,12 @@ class _Grammar:
                 text, slots = self._say(sentence, block, chance)
             except Unspoken:
                 continue
-            key = text.casefold()
-            if key in seen:
+            if text.casefold() in seen:
                 continue
-            seen.add(key)
+            seen.add(text.casefold())
             failures = 0
+            if chance.random() < 0.12 and not re.search(self.words["question"], text):
+                text = chance.choice(self.words["courtesy"]).format(text)
             yield {
                 "utterance": text,
                 "call": _call(intent, block["slots"] | slots),
@@ -253,8 +254,6 @@ class _Grammar:
         text = self._polish(text)
         if not literal.strip() or any(p.search(shape) or p.search(text) for p in self.rejects):
             raise Unspoken
-        if chance.random() < 0.12 and not re.search(self.words["question"], text):
-            text = chance.choice(self.words["courtesy"]).format(text)
         return text, {slot.name: slot.value for slot in slots}
 
     def _parse(self, text: str) -> Expression:

@@ -238,11 +238,14 @@ def mean_bounds(
         _, member = np.unique([str(c) for c in clusters], return_inverse=True)
         sums, counts = np.bincount(member, weights=data), np.bincount(member).astype(float)
     size = counts.mean()
+    # equal rows are drawn together: the sum of k exponential weights is a gamma weight of shape k
+    (sums, counts), times = np.unique(np.stack([sums, counts]), axis=1, return_counts=True)
+    shapes = np.append(times, 1.0)
     lowers, uppers = [], []
     generator = np.random.default_rng(seed)
-    chunk = max(1, 4_000_000 // (len(sums) + 1))
+    chunk = max(1, 4_000_000 // len(shapes))
     for start in range(0, draws, chunk):
-        weights = generator.standard_exponential((min(chunk, draws - start), len(sums) + 1))
+        weights = generator.standard_gamma(shapes, (min(chunk, draws - start), len(shapes)))
         total = weights[:, :-1] @ sums
         weight = weights[:, :-1] @ counts + weights[:, -1] * size
         extra = weights[:, -1] * size

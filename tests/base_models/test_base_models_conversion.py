@@ -9,10 +9,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from tiny_models import ARCHITECTURES, CHAT_TEMPLATE, CONTEXT, tiny_gguf, tiny_model
 
 from ml_assets.base_models import conversion, probe
 from ml_assets.base_models.identity import BaseModelError, identity_parts
-from tests.tiny_models import ARCHITECTURES, CHAT_TEMPLATE, CONTEXT, tiny_gguf, tiny_model
 
 LLAMA_ATTENTION = ["k_proj", "o_proj", "q_proj", "v_proj"]
 LLAMA_ALL = sorted([*LLAMA_ATTENTION, "down_proj", "gate_proj", "up_proj"])

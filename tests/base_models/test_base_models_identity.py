@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny_models import CHAT_TEMPLATE, tiny_model
 
 from ml_assets.artifacts import sha256_file
 from ml_assets.base_models.identity import (
@@ -22,7 +23,6 @@ from ml_assets.base_models.identity import (
     stamp,
     strip,
 )
-from tests.tiny_models import CHAT_TEMPLATE, tiny_model
 
 
 @pytest.fixture(scope="module")

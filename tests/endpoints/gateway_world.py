@@ -1,4 +1,4 @@
-"""Tiny bases and adapters in an artifact store, and gateways that serve them: in this process and as programs."""
+"""Tiny bases and adapters in an artifact store, and gateways that serve them, on a thread or as programs."""
 
 import contextlib
 import itertools
@@ -7,21 +7,23 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import httpx
 import torch
-from bases import LLAMA_TARGETS, TARGETS
+import uvicorn
 from safetensors.torch import load_file, save_file
 from tiny_models import CONTEXT, tiny_model
 
 from ml_assets.adapters.fingerprint import make_fingerprint, measure
 from ml_assets.artifacts import ArtifactRef, ArtifactStore, sha256_bytes
 from ml_assets.endpoints.gateway import keys
+from ml_assets.endpoints.gateway.app import create_app
 from ml_assets.endpoints.ledger import Ledger, Release
 from ml_assets.engine.loading import load_base
 
@@ -38,13 +40,15 @@ QUESTION = PROBES[0]["messages"]
 
 @dataclass(frozen=True)
 class Made:
-    """An adapter in the store, and what the engine answers with it to QUESTION, greedily."""
+    """An adapter in the store, and what the engine answers with it to QUESTION, greedily: `answer` alone,
+    `answers` also in batches (rounding depends on the shape, on some machines visibly)."""
 
     customization: str
     base_revision: str
     base_digest: str
     digest: str
     answer: str
+    answers: frozenset[str]
 
     def release(self, **values: Any) -> Release:
         fields: dict[str, Any] = {
@@ -97,12 +101,12 @@ class World:
         """A random adapter. `fingerprint_of` claims the fingerprint of the adapter with another seed."""
         base, base_ref = self.base(architecture, base_seed)
         with self.store.staging("adapter") as directory:
-            _random_adapter(base, directory, architecture, seed)
+            _random_adapter(base, directory, seed)
             claimed = directory
             with contextlib.ExitStack() as stack:
                 if fingerprint_of is not None:
                     claimed = stack.enter_context(self.store.staging("adapter"))
-                    _random_adapter(base, claimed, architecture, fingerprint_of)
+                    _random_adapter(base, claimed, fingerprint_of)
                 fingerprint = _fingerprint(base, claimed)
             body = _pins(base) | {
                 "customization": customization,
@@ -112,9 +116,10 @@ class World:
                 "fingerprint": fingerprint,
             }
             (directory / "manifest.json").write_text(json.dumps(body | (manifest or {})))
-            answer = "" if manifest else _answer(base, directory)
+            answers = [""] if manifest else _answers(base, directory)
             ref = self.store.publish_directory("adapter", directory)
-        return Made(customization, base.manifest["revision"], base_ref.digest, ref.digest, answer)
+        revision = base.manifest["revision"]
+        return Made(customization, revision, base_ref.digest, ref.digest, answers[0], frozenset(answers))
 
     def record(self, made: Made, **values: Any) -> Release:
         """What a release writes."""
@@ -141,7 +146,7 @@ def _base(architecture: str, directory: Path, seed: int) -> Any:
         "eos_token_ids": [],
     }
     (directory / "manifest.json").write_text(json.dumps(manifest))
-    return load_base(directory, torch.float32)
+    return load_base(directory)
 
 
 def _pins(base: Any) -> dict[str, str]:
@@ -149,12 +154,10 @@ def _pins(base: Any) -> dict[str, str]:
     return {ours: base.manifest[theirs or ours] for ours, theirs in names.items()}
 
 
-def _random_adapter(base: Any, directory: Path, architecture: str, seed: int) -> None:
+def _random_adapter(base: Any, directory: Path, seed: int) -> None:
     from peft import LoraConfig, PeftModel
 
-    config = LoraConfig(
-        r=4, lora_alpha=8, target_modules=TARGETS.get(architecture, LLAMA_TARGETS), task_type="CAUSAL_LM"
-    )
+    config = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
     model = PeftModel(base.model, config, adapter_name="default")
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -176,14 +179,43 @@ def _fingerprint(base: Any, directory: Path) -> dict[str, Any]:
     return make_fingerprint(PROBES, measured, without)
 
 
-def _answer(base: Any, directory: Path) -> str:
+def _answers(base: Any, directory: Path) -> list[str]:
     from ml_assets.engine.generation import generate
 
+    prompt = base.chat.prompt_ids(QUESTION)
     base.attach("probe", directory)
     with base.active("probe"):
-        [completion] = generate(base, [base.chat.prompt_ids(QUESTION)], 12)
+        found = [c.text for rows in (1, 2, 3, 4, 8) for c in generate(base, [prompt] * rows, 12)]
     base.detach("probe")
-    return completion.text
+    return found
+
+
+@contextlib.contextmanager
+def gateway_in_thread(world: World, **options: Any) -> Iterator[tuple[str, Any]]:
+    """(url, app) of a gateway on a thread of this process, once it has loaded what the ledger says."""
+    app = create_app(world.ledger, world.store, **options)
+    port = free_port()
+    server = uvicorn.Server(uvicorn.Config(app, port=port, log_config=None, timeout_graceful_shutdown=5))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    url = f"http://127.0.0.1:{port}"
+    try:
+        wait_until_ready(url, lambda: thread.is_alive() or "the server thread ended")
+        yield url, app
+    finally:
+        server.should_exit = True
+        thread.join(30)
+
+
+def wait_until_ready(url: str, alive: Callable[[], bool | str]) -> None:
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        with contextlib.suppress(httpx.TransportError):
+            if httpx.get(f"{url}/healthz/ready").status_code == 200:
+                return
+        assert alive() is True, alive()
+        time.sleep(0.05)
+    raise AssertionError("not ready in time")
 
 
 def free_port() -> int:
@@ -213,14 +245,8 @@ class Server:
         command = [sys.executable, "-m", "ml_assets.endpoints.gateway"]
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(command, env=env, stdout=log, stderr=log, cwd=self.world.home)
-        deadline = time.monotonic() + 90
-        while time.monotonic() < deadline:
-            with contextlib.suppress(httpx.TransportError):
-                if httpx.get(f"{self.url}/healthz/ready").status_code == 200:
-                    return
-            assert self.process.poll() is None, self.log.read_text()
-            time.sleep(0.1)
-        raise AssertionError(f"not ready: {self.log.read_text()}")
+        process = self.process
+        wait_until_ready(self.url, lambda: process.poll() is None or self.log.read_text())
 
     def kill(self) -> None:
         """SIGKILL."""
@@ -244,6 +270,3 @@ def running_server(world: World) -> Iterator[Server]:
     finally:
         if server.process and server.process.poll() is None:
             server.kill()
-
-
-__all__ = ["CONTEXT", "PROBES", "QUESTION", "Made", "Server", "World", "free_port", "running_server"]

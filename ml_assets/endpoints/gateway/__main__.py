@@ -11,8 +11,15 @@ from ml_assets.settings import Settings
 SHUTDOWN_SECONDS = 10
 
 
+def _is_news(record: logging.LogRecord) -> bool:
+    """Whether an access is worth a line: monitors ask every few seconds."""
+    path = record.args[2] if isinstance(record.args, tuple) and len(record.args) > 2 else ""
+    return not str(path).startswith(("/healthz", "/metrics"))
+
+
 def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.getLogger("uvicorn.access").addFilter(_is_news)
     settings = Settings.from_env()
     uvicorn.run(
         app_from_settings(),

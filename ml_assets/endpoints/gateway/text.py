@@ -51,7 +51,7 @@ class Detokenizer:
 
 
 class StopStrings:
-    """Lets text through up to the first stop string; what may be its beginning is held back."""
+    """Lets text through up to the stop string that is complete first; what may become one is held back."""
 
     def __init__(self, stops: Sequence[str]):
         self._stops = list(stops)
@@ -61,11 +61,12 @@ class StopStrings:
     def push(self, text: str) -> str:
         if self.found or not self._stops:
             return "" if self.found else text
-        self._held += text
-        places = [place for stop in self._stops if (place := self._held.find(stop)) >= 0]
-        if places:
-            self.found = True
-            return self._take(min(places))
+        for character in text:  # one by one, so that it does not matter how the text was cut into pieces
+            self._held += character
+            complete = [len(stop) for stop in self._stops if self._held.endswith(stop)]
+            if complete:
+                self.found = True
+                return self._take(len(self._held) - max(complete))
         longest = max(self._overlap(stop) for stop in self._stops)
         return self._take(len(self._held) - longest)
 

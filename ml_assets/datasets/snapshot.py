@@ -1,0 +1,380 @@
+"""From the rows of a source to a snapshot: clean, deduplicated, split, without leakage, always the same."""
+
+import json
+import re
+import unicodedata
+from collections import Counter, defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ml_assets.artifacts import canonical_json, sha256_bytes
+from ml_assets.datasets.duplicates import NearIndex, count_leaks, fold, shingles
+from ml_assets.datasets.redaction import redactor
+from ml_assets.datasets.sources import BadRow, SourceRows, describe
+from ml_assets.datasets.split import is_evaluation
+from ml_assets.spec import CustomizationSpec
+
+CODE_VERSION = "1"
+"""Raised by hand when the same source would give another snapshot."""
+
+SHOWN = 5
+"""Examples of each finding that a person sees."""
+
+Row = dict[str, str]
+
+
+class SnapshotError(ValueError):
+    """Rows that do not make a dataset; the message names the columns, rows and reasons."""
+
+
+@dataclass
+class Snapshot:
+    """Rows of both sides, sorted by `_row`, and what happened on the way.
+
+    `removed` counts rows by reason, `examples` shows some of them, `measured` is what the checks judge.
+    """
+
+    train: list[Row]
+    evaluation: list[Row]
+    columns: list[str]
+    removed: dict[str, int]
+    redacted: dict[str, int]
+    examples: list[dict[str, str]] = field(default_factory=list)
+    measured: dict[str, Any] = field(default_factory=dict)
+
+
+def build_snapshot(spec: CustomizationSpec, source: SourceRows, parent: list[Row] | None = None) -> Snapshot:
+    """The snapshot of a source. It depends on the multiset of rows, the spec and `parent` only.
+
+    Args:
+        parent: evaluation rows of the snapshot before this one: they are kept, also when the source dropped
+            them, so that evaluations of two snapshots can be compared.
+
+    Raises SnapshotError for a missing column or too many bad rows, RedactionUnavailable.
+    """
+    state = _Builder(spec)
+    rows = state.validate(source)
+    rows = state.redact(rows)
+    rows = state.drop_repeats(rows)
+    frozen = state.keep_parent(parent or [], rows)
+    rows = state.drop_conflicts(rows, frozen)
+    train = [row for row in rows if not is_evaluation(state.split_key(row), spec.dataset.evaluation_share)]
+    evaluation = frozen + [
+        row for row in rows if is_evaluation(state.split_key(row), spec.dataset.evaluation_share)
+    ]
+    evaluation = list({row["_row"]: row for row in reversed(evaluation)}.values())
+    train = state.drop_leaks(train, evaluation)
+    train = state.drop_near_duplicates(train)
+    snapshot = Snapshot(
+        train=sorted(({**row, "_split": "train"} for row in train), key=lambda row: row["_row"]),
+        evaluation=sorted(
+            ({**row, "_split": "evaluation"} for row in evaluation), key=lambda row: row["_row"]
+        ),
+        columns=spec.columns(),
+        removed={reason: number for reason, number in state.removed.items() if number},
+        redacted=dict(sorted(state.redacted.items())),
+        examples=state.examples,
+    )
+    snapshot.measured = state.measure(snapshot, frozen)
+    return snapshot
+
+
+def write_snapshot(snapshot: Snapshot, directory: Path, manifest: Mapping[str, Any]) -> None:
+    """Write `rows.parquet` and `manifest.json`. Same content, same bytes (for one version of pyarrow)."""
+    import pyarrow
+    import pyarrow.parquet
+
+    names = [*snapshot.columns, "_row", "_split"]
+    rows = sorted([*snapshot.train, *snapshot.evaluation], key=lambda row: row["_row"])
+    table = pyarrow.table(
+        {name: pyarrow.array([row[name] for row in rows], pyarrow.string()) for name in names}
+    )
+    pyarrow.parquet.write_table(
+        table,
+        directory / "rows.parquet",
+        version="2.6",
+        compression="zstd",
+        compression_level=3,
+        row_group_size=65536,
+        store_schema=False,
+    )
+    (directory / "manifest.json").write_bytes(canonical_json(manifest))
+
+
+def load_rows(directory: Path, split: str) -> list[Row]:
+    """Rows of one side (`train` or `evaluation`) of a dataset artifact, sorted by `_row`: the columns as
+    strings, `_row` and `_split`."""
+    import pyarrow.parquet
+
+    if split not in ("train", "evaluation"):
+        raise ValueError(f"{split!r}: expected 'train' or 'evaluation'")
+    table = pyarrow.parquet.read_table(directory / "rows.parquet")
+    return [row for row in table.to_pylist() if row["_split"] == split]
+
+
+def load_manifest(directory: Path) -> dict[str, Any]:
+    return json.loads((directory / "manifest.json").read_bytes())
+
+
+def build_manifest(
+    spec: CustomizationSpec, snapshot: Snapshot, source_version: str, parent: str | None
+) -> dict[str, Any]:
+    """What a snapshot is, for those who read it without this code. `parent` is the digest of the snapshot
+    whose evaluation rows it kept."""
+    return {
+        "customization": spec.name,
+        "rows": {"train": len(snapshot.train), "evaluation": len(snapshot.evaluation)},
+        "columns": snapshot.columns,
+        "source_version": source_version,
+        "removed": snapshot.removed,
+        "redacted": snapshot.redacted,
+        "parent": parent,
+        "spec": {
+            "source": f"{spec.source.kind}: {describe(spec.source)}",
+            "dataset": spec.dataset.model_dump(),
+            "prompt": spec.prompt.model_dump(),
+        },
+        "measured": snapshot.measured,
+        "code_version": CODE_VERSION,
+    }
+
+
+def normalize(value: Any) -> str:
+    """A value as text: NFC, line ends as \\n, no invisible characters, no space at line ends or around.
+
+    Numbers and booleans are written as in JSON, lists and objects as JSON. None becomes "".
+    """
+    if value is None:
+        return ""
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    text = unicodedata.normalize("NFC", text.replace("\r\n", "\n").replace("\r", "\n"))
+    # a no-break space is a space to a reader; zero-width characters, BOM and NUL are nothing
+    text = re.sub(r"[\u200b\u2060\ufeff\x00]", "", text.replace("\u00a0", " "))
+    return re.sub(r"[ \t]+(?=\n|$)", "", text).strip()
+
+
+class _Builder:
+    """The steps of one build, and the counts they leave behind."""
+
+    def __init__(self, spec: CustomizationSpec) -> None:
+        self.spec = spec
+        prompt = spec.prompt.columns()
+        self.input_columns = list(dict.fromkeys([*prompt.get("system", []), *prompt["user"]]))
+        self.template_columns = list(dict.fromkeys([*self.input_columns, *prompt["target"]]))
+        self.removed: Counter[str] = Counter()
+        self.redacted: Counter[str] = Counter()
+        self.examples: list[dict[str, str]] = []
+        self.conflicts = 0
+
+    # -- what a row is ---------------------------------------------------------------------------------
+
+    def input_text(self, row: Mapping[str, str]) -> str:
+        return "\n".join(row[column] for column in self.input_columns)
+
+    def target_text(self, row: Mapping[str, str]) -> str:
+        return self.spec.prompt.target.format_map(row)
+
+    def row_hash(self, row: Mapping[str, str]) -> str:
+        """Identity of a row: what the model sees and answers. Segments and clusters are notes about it."""
+        return sha256_bytes(canonical_json({column: row[column] for column in self.template_columns}))
+
+    def split_key(self, row: Mapping[str, str]) -> str:
+        """Its group, or its input: a row whose label is corrected stays on its side."""
+        group = self.spec.dataset.group_by
+        return f"group {row[group]}" if group and row[group] else f"input {fold(self.input_text(row))}"
+
+    def remove(self, reason: str, row: Mapping[str, str], why: str = "") -> None:
+        self.removed[reason] += 1
+        if sum(example["reason"] == reason for example in self.examples) < SHOWN:
+            shown = " → ".join(_short(text) for text in (self.input_text(row), self.target_text(row)))
+            self.examples.append({"reason": reason, "row": shown, "because": _short(why)})
+
+    # -- steps -----------------------------------------------------------------------------------------
+
+    def validate(self, source: SourceRows) -> list[Row]:
+        """Rows as normalized strings, in an order of their own. Raises SnapshotError."""
+        columns = self.spec.columns()
+        missing = [column for column in columns if column not in source.columns]
+        if missing and source.rows:
+            raise SnapshotError(
+                f"{source.name}: no column {', '.join(map(repr, missing))}; "
+                f"the columns are: {', '.join(source.columns)}"
+            )
+        good: list[Row] = []
+        bad = list(source.bad)
+        for raw, place in zip(source.rows, source.places, strict=True):
+            row = {column: normalize(raw.get(column)) for column in columns}
+            if reason := self._fault(raw, row):
+                text = _short(json.dumps(raw, ensure_ascii=False), 80)
+                bad.append(BadRow(place, reason, text))
+            else:
+                good.append(row)
+        self._judge_bad(source, bad)
+        return sorted(good, key=lambda row: [row[column] for column in columns])
+
+    def _fault(self, raw: Mapping[str, Any], row: Row) -> str | None:
+        for column in self.template_columns:
+            if column not in raw:
+                return f"column {column!r} is missing"
+            if not row[column]:
+                return f"column {column!r} is empty"
+        limit, words = self.spec.adapter.max_length, len(self.target_text(row).split())
+        if limit is not None and words >= limit:  # every word is at least one token
+            return f"the target has {words} words, which cannot fit adapter.max_length {limit} tokens"
+        return None
+
+    def _judge_bad(self, source: SourceRows, bad: list[BadRow]) -> None:
+        total = len(source.rows) + len(source.bad)
+        allowed = self.spec.dataset.max_bad_share
+        if len(bad) > allowed * total:
+            first = "\n".join(f"  {row}" for row in bad[:SHOWN])
+            more = f"\n  and {len(bad) - SHOWN} more" if len(bad) > SHOWN else ""
+            raise SnapshotError(
+                f"{source.name}: {len(bad)} of {total} rows cannot be used, "
+                f"dataset.max_bad_share allows {allowed:.2%}:\n{first}{more}"
+            )
+        self.removed["bad_row"] = len(bad)
+        redact = redactor(self.spec.dataset.redact)
+        self.examples += [
+            {"reason": "bad_row", "row": redact(row.text)[0], "because": f"{row.place}: {row.reason}"}
+            for row in bad[:SHOWN]
+        ]
+
+    def redact(self, rows: list[Row]) -> list[Row]:
+        """Personal data out of every column. A group or cluster that is personal data (a customer's address)
+        becomes a hash, so that it still tells rows apart."""
+        redact = redactor(self.spec.dataset.redact)
+        names = {self.spec.dataset.group_by, self.spec.evaluation.cluster} - set(self.template_columns)
+        clean: list[Row] = []
+        for row in rows:
+            new: Row = {}
+            for column, text in row.items():
+                new[column], found = redact(text)
+                if found and column in names:
+                    new[column] = sha256_bytes(text.encode())[:16]
+                self.redacted.update(found)
+            clean.append(new | {"_row": self.row_hash(new)})
+        return clean
+
+    def drop_repeats(self, rows: list[Row]) -> list[Row]:
+        kept: dict[str, Row] = {}
+        for row in rows:
+            if row["_row"] in kept:
+                self.remove("exact_duplicate", row)
+            else:
+                kept[row["_row"]] = row
+        return list(kept.values())
+
+    def keep_parent(self, parent: list[Row], rows: list[Row]) -> list[Row]:
+        """Evaluation rows of the parent, with today's segments where the source still has the row. A row that
+        lacks a column of the prompt cannot be kept."""
+        today = {row["_row"]: row for row in rows}
+        frozen: list[Row] = []
+        for row in parent:
+            if any(not row.get(column) for column in self.template_columns):
+                self.removed["parent_without_column"] += 1
+                continue
+            frozen.append({column: row.get(column, "") for column in self.spec.columns()})
+        frozen = self.redact(frozen)  # the rules may have become stricter
+        return [today.get(row["_row"], row) for row in frozen]
+
+    def drop_conflicts(self, rows: list[Row], frozen: list[Row]) -> list[Row]:
+        """Drop rows of an input that has several targets: nobody can learn or score them. A frozen row
+        stays."""
+        targets: dict[str, set[str]] = defaultdict(set)
+        for row in [*rows, *frozen]:
+            targets[fold(self.input_text(row))].add(self.target_text(row))
+        frozen_rows = {row["_row"] for row in frozen}
+        kept: list[Row] = []
+        for row in rows:
+            found = targets[fold(self.input_text(row))]
+            if len(found) > 1 and row["_row"] not in frozen_rows:
+                others = sorted(found - {self.target_text(row)})
+                self.remove("conflicting_label", row, f"the same input also has the target {others[0]}")
+            else:
+                kept.append(row)
+        self.conflicts = sum(len(found) > 1 for found in targets.values())
+        return kept
+
+    def drop_leaks(self, train: list[Row], evaluation: list[Row]) -> list[Row]:
+        """Drop training rows that are, nearly are, or belong together with an evaluation row."""
+        group = self.spec.dataset.group_by
+        groups = {row[group] for row in evaluation if row[group]} if group else set()
+        inputs = {fold(self.input_text(row)) for row in evaluation}
+        signatures = {row["_row"]: shingles(self.input_text(row)) for row in [*train, *evaluation]}
+        index = NearIndex(self.spec.dataset.near_duplicate, signatures.values())
+        texts = {row["_row"]: self.input_text(row) for row in evaluation}
+        for row in sorted(evaluation, key=lambda row: row["_row"]):
+            index.add(row["_row"], signatures[row["_row"]])
+        kept: list[Row] = []
+        for row in train:
+            if group and row[group] in groups:
+                self.remove("leak_group", row, f"{group} {row[group]} evaluates")
+            elif fold(self.input_text(row)) in inputs:
+                self.remove("leak_exact", row, "the same input evaluates")
+            elif (near := index.find(signatures[row["_row"]])) is not None:
+                self.remove("leak_near", row, f"nearly the evaluation row {texts[near]}")
+            else:
+                kept.append(row)
+        return kept
+
+    def drop_near_duplicates(self, train: list[Row]) -> list[Row]:
+        """Of training rows with one target and nearly one input, keep the first by hash."""
+        ordered = sorted(train, key=lambda row: row["_row"])
+        signatures = [shingles(self.input_text(row)) for row in ordered]
+        texts = {row["_row"]: self.input_text(row) for row in ordered}
+        index = NearIndex(self.spec.dataset.near_duplicate, signatures)
+        kept: list[Row] = []
+        for row, signature in zip(ordered, signatures, strict=True):
+            target = self.target_text(row)
+            near = index.find(signature, target)
+            if near is None:
+                index.add(row["_row"], signature, target)
+                kept.append(row)
+            else:
+                self.remove("near_duplicate", row, f"nearly the training row {texts[near]}")
+        return kept
+
+    # -- findings --------------------------------------------------------------------------------------
+
+    def measure(self, snapshot: Snapshot, frozen: list[Row]) -> dict[str, Any]:
+        """What the checks judge, measured on the rows that are left."""
+        train = [self.input_text(row) for row in snapshot.train]
+        evaluation = [self.input_text(row) for row in snapshot.evaluation]
+        held_out = {fold(text) for text in evaluation}
+        group = self.spec.dataset.group_by
+        groups = {row[group] for row in snapshot.evaluation if row[group]} if group else set()
+        measured: dict[str, Any] = {
+            "leaks": {
+                "exact": sum(fold(text) in held_out for text in train),
+                "near": count_leaks(train, evaluation, self.spec.dataset.near_duplicate),
+                "group": sum(row[group] in groups for row in snapshot.train) if group else 0,
+            },
+            "conflicting_inputs": self.conflicts,
+            "kept_from_parent": len(frozen),
+            "segments": {
+                column: self._counts(snapshot, lambda row, column=column: row[column])
+                for column in self.spec.evaluation.segments
+            },
+        }
+        if self.spec.evaluation.task == "classification":
+            measured["classes"] = self._counts(snapshot, self.target_text)
+        return measured
+
+    @staticmethod
+    def _counts(snapshot: Snapshot, value: Any) -> dict[str, dict[str, int]]:
+        sides = {
+            "train": Counter(value(row) for row in snapshot.train),
+            "evaluation": Counter(value(row) for row in snapshot.evaluation),
+        }
+        total = sides["train"] + sides["evaluation"]
+        # the largest first; a column of names has too many values to show
+        names = sorted(total, key=lambda name: (-total[name], name))[:50]
+        return {name: {side: counts[name] for side, counts in sides.items()} for name in names}
+
+
+def _short(text: str, length: int = 120) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= length else f"{text[: length - 1]}…"

@@ -1,0 +1,255 @@
+"""One eval report: from artifacts to a published report, or the one that was published before."""
+
+import inspect
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ml_assets.artifacts import ArtifactRef, ArtifactStore, canonical_json, sha256_bytes, sha256_file
+from ml_assets.datasets.snapshot import load_rows
+from ml_assets.eval_reports.gate import Decision, better_arm, decide
+from ml_assets.eval_reports.metrics import resolve_callable
+from ml_assets.eval_reports.report import arm_title, render_html, render_markdown, summarize
+from ml_assets.eval_reports.runner import (
+    RUNNER_VERSION,
+    Arm,
+    Row,
+    choose_examples,
+    default_new_tokens,
+    evaluate,
+    fitting_examples,
+    forgetting,
+    load_must_pass,
+    select_rows,
+)
+from ml_assets.spec import CustomizationSpec, PythonMetric
+
+if TYPE_CHECKING:
+    from ml_assets.engine.loading import Base
+
+KIND = "eval_report"
+REPORT_VERSION = "1"
+"""Raise when the same lines would give another report."""
+
+
+@dataclass(frozen=True)
+class Champion:
+    """The adapter that serves. `base_model` is the base it sits on, None when that is the candidate's."""
+
+    adapter: ArtifactRef
+    base_model: ArtifactRef | None
+
+
+@dataclass(frozen=True)
+class BuiltReport:
+    """A published report. `record` is what may differ between two computations of it: seconds per answer."""
+
+    ref: ArtifactRef
+    directory: Path
+    summary: dict[str, Any]
+    markdown: str
+    record: dict[str, Any]
+    reused: bool
+
+    @property
+    def decision(self) -> dict[str, Any]:
+        return self.summary["decision"]
+
+
+def report_key(
+    spec: CustomizationSpec,
+    root: Path,
+    adapter: ArtifactRef,
+    dataset: ArtifactRef,
+    base_model: ArtifactRef,
+    champion: str | None,
+    compute: str,
+) -> str:
+    """64 hex: the hash of all that goes into a report. `champion` is the digest of its adapter."""
+    evaluation = spec.evaluation
+    code = {
+        metric.callable: sha256_file(Path(inspect.getfile(resolve_callable(metric.callable))))
+        for metric in evaluation.resolved_metrics()
+        if isinstance(metric, PythonMetric)
+    }
+    must_pass = root / evaluation.must_pass if evaluation.must_pass else None
+    parts = {
+        "customization": spec.name,
+        "prompt": spec.prompt.model_dump(),
+        "evaluation": evaluation.model_dump(),
+        "must_pass": sha256_file(must_pass) if must_pass and must_pass.is_file() else None,
+        "adapter": adapter.digest,
+        "dataset": dataset.digest,
+        "base_model": base_model.digest,
+        "champion": champion,
+        "compute": compute,
+        "code": [RUNNER_VERSION, REPORT_VERSION, code],
+    }
+    return sha256_bytes(canonical_json(parts))
+
+
+def build_report(
+    spec: CustomizationSpec,
+    root: Path,
+    store: ArtifactStore,
+    home: Path,
+    *,
+    adapter: ArtifactRef,
+    dataset: ArtifactRef,
+    base_model: ArtifactRef,
+    champion: Champion | None,
+    on_progress: Callable[[str, int, int], None] | None = None,
+) -> BuiltReport:
+    """Evaluate, decide and publish, or find what these inputs gave before.
+
+    A candidate that is the champion keeps the report that made it so. `on_progress(arm, done, total)`.
+
+    Raises:
+        EvaluationError, MetricError: rows, must-pass rows or metrics that can't be evaluated.
+        IncompatibleAdapter: the adapter was made for another base.
+        ArtifactError: an input is damaged.
+    """
+    from ml_assets.engine import hardware
+
+    compute = hardware.hardware_class(home)
+    serving = champion.adapter.digest if champion else None
+    key = report_key(spec, root, adapter, dataset, base_model, serving, compute)
+    if known := store.recall(KIND, key):
+        return _opened(store, known[0], known[1], reused=True)
+    if serving == adapter.digest:
+        champion = None
+
+    hardware.prepare_process()
+    lines, decision, seconds, about = _evaluate(
+        spec, root, store, home, compute, adapter, dataset, base_model, champion, on_progress
+    )
+    summary = summarize(lines, spec.evaluation, decision, about)
+    text = "".join(json.dumps(line, ensure_ascii=False, sort_keys=True) + "\n" for line in lines)
+    ref = store.publish(
+        KIND,
+        {
+            "rows.jsonl": text.encode(),
+            "decision.json": canonical_json(decision.as_json()) + b"\n",
+            "summary.json": canonical_json(summary) + b"\n",
+            "summary.md": render_markdown(summary).encode(),
+            "report.html": render_html(summary, lines).encode(),
+        },
+    )
+    record = {"seconds": seconds}
+    store.remember(KIND, key, ref, record)
+    once_serving = report_key(spec, root, adapter, dataset, base_model, adapter.digest, compute)
+    store.remember(KIND, once_serving, ref, record)
+    return _opened(store, ref, record, reused=False)
+
+
+def _opened(store: ArtifactStore, ref: ArtifactRef, record: dict[str, Any], reused: bool) -> BuiltReport:
+    directory = store.open(ref)
+    summary = json.loads((directory / "summary.json").read_bytes())
+    markdown = (directory / "summary.md").read_text(encoding="utf-8")
+    return BuiltReport(ref, directory, summary, markdown, record, reused)
+
+
+def _evaluate(
+    spec: CustomizationSpec,
+    root: Path,
+    store: ArtifactStore,
+    home: Path,
+    compute: str,
+    adapter: ArtifactRef,
+    dataset: ArtifactRef,
+    base_model: ArtifactRef,
+    champion: Champion | None,
+    on_progress: Callable[[str, int, int], None] | None,
+) -> tuple[list[Row], Decision, dict[str, list[float] | None], dict[str, Any]]:
+    from ml_assets.engine import hardware
+    from ml_assets.engine.loading import load_base, read_json
+
+    dtype = hardware.compute_dtype(home)
+    evaluation = spec.evaluation
+    directory = store.open(dataset)
+    train_rows = load_rows(directory, "train")
+    rows = select_rows(load_rows(directory, "evaluation"), evaluation.max_rows)
+    columns = list(dict.fromkeys(c for named in spec.prompt.columns().values() for c in named))
+    must_pass = load_must_pass(root / evaluation.must_pass, columns) if evaluation.must_pass else []
+
+    def run(
+        base: "Base", arms: list[Arm], asked_with: Mapping[str, Any] | None = None
+    ) -> tuple[list[Row], dict[str, list[float] | None]]:
+        return evaluate(
+            base,
+            spec.prompt,
+            evaluation,
+            rows,
+            train_rows,
+            arms,
+            must_pass=must_pass,
+            asked_with=asked_with,
+            store=store,
+            compute=compute,
+            on_progress=on_progress,
+        )
+
+    base = load_base(store.open(base_model), dtype)
+    base.attach("adapter", store.open(adapter))
+    arms = [Arm("zero_shot")]
+    if evaluation.few_shot:
+        tokens = evaluation.max_new_tokens or default_new_tokens(base, spec.prompt, train_rows)
+        examples = choose_examples(train_rows, spec.prompt, evaluation, spec.adapter.seed)
+        examples = fitting_examples(base, spec.prompt, [*rows, *must_pass], examples, tokens)
+        if examples:
+            arms.append(Arm("few_shot", examples=examples))
+    arms.append(Arm("adapter", "adapter", adapter.digest))
+    lines, seconds = run(base, arms)
+    forgotten = forgetting(base, "adapter")
+    revision = base.manifest["revision"]
+
+    served: dict[str, Any] = {}
+    if champion is not None:
+        folder = store.open(champion.adapter)
+        served = read_json(folder / "manifest.json")
+        if champion.base_model is not None:
+            del base  # two bases in memory at once may be more than there is
+            base = load_base(store.open(champion.base_model), dtype)
+        base.attach("champion", folder)
+        asked = served.get("prompt") or None  # what it was trained on, if today's rows still have it
+        if asked and not all(c in columns for c in _columns(asked)):
+            asked = None
+        more, more_seconds = run(base, [Arm("champion", "champion", champion.adapter.digest)], asked)
+        lines, seconds = lines + more, seconds | more_seconds
+
+    by_arm = {name: [line for line in lines if line["arm"] == name] for name in seconds}
+    bare = {name: by_arm[name] for name in ("few_shot", "zero_shot") if name in by_arm}
+    best_bare = better_arm(bare, evaluation)
+    decision = decide(
+        by_arm["adapter"],
+        by_arm["champion"] if champion else by_arm[best_bare],
+        evaluation,
+        against="champion" if champion else "base",
+        forgetting=forgotten,
+        labels_from_champion=any(row.get("_label_source") == "champion" for row in rows),
+    )
+    if (
+        champion
+        and better_arm({best_bare: bare[best_bare], "adapter": by_arm["adapter"]}, evaluation) == best_bare
+    ):
+        note = f"the {arm_title(best_bare).lower()}, scores at least as high without any adapter"
+        decision = replace(decision, notes=[*decision.notes, note])
+    about = {
+        "customization": spec.name,
+        "base_revision": revision,
+        "candidate": adapter.digest,
+        "champion": champion.adapter.digest if champion else None,
+        "champion_base": served.get("base_revision"),
+        "dataset": dataset.digest,
+        "few_shot_examples": next((len(arm.examples) for arm in arms if arm.name == "few_shot"), 0),
+        "computed_with": compute,
+    }
+    return lines, decision, seconds, about
+
+
+def _columns(prompt: Mapping[str, Any]) -> list[str]:
+    from ml_assets.spec import template_columns
+
+    return [c for name in ("system", "user") if prompt.get(name) for c in template_columns(prompt[name])]

@@ -1,0 +1,363 @@
+"""Runs the arms of an evaluation on a loaded base, and turns answers into one line per row.
+
+An arm is a way to get answers: the bare base without examples (`zero_shot`) or with some (`few_shot`), the
+candidate (`adapter`), and what serves today (`champion`). Answers are memoized by everything that they depend
+on, so that a retrain does not repeat the base arms, and a candidate that became champion is not asked again.
+"""
+
+import json
+import math
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from ml_assets.artifacts import ArtifactStore, canonical_json, sha256_bytes
+from ml_assets.datasets.snapshot import normalize
+from ml_assets.eval_reports.metrics import MetricError, metric_name, right_from, row_scores
+from ml_assets.eval_reports.value import is_refused
+from ml_assets.spec import EvaluationSpec, PromptSpec
+
+if TYPE_CHECKING:
+    from ml_assets.engine.loading import Base
+
+ArmName = Literal["zero_shot", "few_shot", "adapter", "champion"]
+ANSWERS = "answers"
+RUNNER_VERSION = "1"
+"""Raise when the same inputs would give other answers or other lines."""
+
+Message = dict[str, str]
+Row = dict[str, Any]
+
+
+class EvaluationError(ValueError):
+    """Rows that can't be evaluated; the message names the file or row and what was expected."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What one arm answered to one row. `finished`: it ended its turn within the tokens allowed."""
+
+    text: str
+    prompt_tokens: int
+    answer_tokens: int
+    finished: bool
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to get answers: `adapter` is a name attached to the base, `identity` the digest of its artifact
+    (both None for the bare base), `examples` are training rows shown in the prompt."""
+
+    name: ArmName
+    adapter: str | None = None
+    identity: str | None = None
+    examples: Sequence[Mapping[str, Any]] = ()
+
+
+# -- rows ----------------------------------------------------------------------------------------------
+
+
+def select_rows(rows: Sequence[Mapping[str, Any]], max_rows: int | None) -> list[Mapping[str, Any]]:
+    """The first `max_rows` by hash: a random sample that stays the same as data grows, but for its end."""
+    return sorted(rows, key=lambda row: row["_row"])[:max_rows]
+
+
+def load_must_pass(path: Path, columns: Sequence[str]) -> list[Row]:
+    """Rows of a JSONL file that every candidate must get right, each with its hash in `_row`.
+
+    Raises EvaluationError that names file and line when one is not a JSON object with `columns`.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise EvaluationError(f"{path}: expected a readable JSONL file of must-pass rows: {error}") from error
+    rows: dict[str, Row] = {}
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise EvaluationError(f"{path}, line {number}: expected a JSON object: {error}") from error
+        if not isinstance(row, dict):
+            raise EvaluationError(f"{path}, line {number}: expected a JSON object, got {type(row).__name__}")
+        missing = [column for column in columns if row.get(column) is None]
+        if missing:
+            raise EvaluationError(
+                f"{path}, line {number}: column {missing[0]!r} is missing, has {sorted(row)}"
+            )
+        row = {column: normalize(value) for column, value in row.items()}  # as in a dataset
+        key = sha256_bytes(canonical_json({column: row[column] for column in columns}))
+        rows[key] = {**row, "_row": key}
+    if not rows:
+        raise EvaluationError(f"{path}: expected at least one must-pass row, found none")
+    return list(rows.values())
+
+
+def choose_examples(
+    train_rows: Sequence[Mapping[str, Any]], prompt: PromptSpec, evaluation: EvaluationSpec, seed: int = 0
+) -> list[Mapping[str, Any]]:
+    """Training rows for the few-shot prompt, the same for all evaluated rows so that the prefix is shared.
+
+    Each adds what the others lack: a label not shown yet (classification), then values of segment columns
+    not shown yet; among equals the seed decides.
+    """
+    from ml_assets.engine.prompting import render_target
+
+    pool = sorted(train_rows, key=lambda row: row["_row"])
+    random.Random(seed).shuffle(pool)
+    chosen: list[Mapping[str, Any]] = []
+    seen: set[tuple[str, str]] = set()
+
+    def traits(row: Mapping[str, Any]) -> set[tuple[str, str]]:
+        found = {(column, str(row.get(column))) for column in evaluation.segments}
+        if evaluation.task == "classification":
+            found.add(("", render_target(prompt, row)))
+        return found
+
+    while pool and len(chosen) < evaluation.few_shot:
+        best = max(range(len(pool)), key=lambda i: (len(traits(pool[i]) - seen), -i))
+        seen |= traits(pool[best])
+        chosen.append(pool.pop(best))
+    return chosen
+
+
+def build_messages(
+    prompt: PromptSpec | Mapping[str, Any],
+    row: Mapping[str, Any],
+    examples: Sequence[Mapping[str, Any]] = (),
+) -> list[Message]:
+    """System message, if there is one, the examples as earlier turns, and the row's question."""
+    from ml_assets.engine.prompting import render_messages, render_target
+
+    *system, question = render_messages(prompt, row)
+    turns: list[Message] = []
+    for example in examples:
+        turns.append(render_messages(prompt, example)[-1])
+        turns.append({"role": "assistant", "content": render_target(prompt, example)})
+    return [*system, *turns, question]
+
+
+def default_new_tokens(
+    base: "Base", prompt: PromptSpec | Mapping[str, Any], train_rows: Sequence[Mapping[str, Any]]
+) -> int:
+    """A quarter more than the tokens of the longest training target."""
+    from ml_assets.engine.prompting import render_target
+
+    targets = {render_target(prompt, row) for row in train_rows}
+    if not targets:
+        raise EvaluationError("the dataset has no training rows, so max_new_tokens must be given")
+    return math.ceil(1.25 * max(len(base.chat.target_ids(text)) for text in targets))
+
+
+# -- answers -------------------------------------------------------------------------------------------
+
+
+def answer(
+    base: "Base",
+    conversations: Sequence[Sequence[Message]],
+    names: Sequence[str],
+    max_new_tokens: int,
+    arm: Arm,
+    *,
+    store: ArtifactStore | None = None,
+    compute: str = "",
+    on_progress: Callable[[int, int], None] | None = None,
+) -> tuple[list[Answer], list[float] | None]:
+    """Greedy answers of one arm, and seconds per answer (None when they come from the memo).
+
+    `names` are row hashes for messages, `compute` the hardware class, on which rounding depends.
+    Raises EvaluationError that names the row whose prompt leaves no room for an answer.
+    """
+    from ml_assets.engine.generation import generate
+
+    key = sha256_bytes(
+        canonical_json(
+            {
+                "version": RUNNER_VERSION,
+                "base": base.manifest["identity"],
+                "adapter": arm.identity,
+                "conversations": [list(messages) for messages in conversations],
+                "max_new_tokens": max_new_tokens,
+                "compute": compute,
+            }
+        )
+    )
+    known = store.recall(ANSWERS, key) if store else None
+    if store and known:
+        lines = (store.open(known[0]) / "answers.jsonl").read_text(encoding="utf-8").split("\n")
+        return [Answer(**json.loads(line)) for line in lines if line], None
+    prompts = [base.chat.prompt_ids(messages) for messages in conversations]
+    for name, ids in zip(names, prompts, strict=True):
+        if len(ids) + max_new_tokens > base.context_length:
+            raise EvaluationError(
+                f"row {name}: the prompt of arm {arm.name} has {len(ids)} tokens; with {max_new_tokens} "
+                f"of answer it exceeds the {base.context_length} of {base.manifest['revision']}'s context"
+            )
+    with base.active(arm.adapter):
+        completions = generate(base, prompts, max_new_tokens, on_progress=on_progress)
+    answers = [
+        Answer(c.text, c.prompt_tokens, len(c.token_ids), c.finish_reason == "stop") for c in completions
+    ]
+    if store:
+        text = "\n".join(json.dumps(vars(a), sort_keys=True, ensure_ascii=False) for a in answers)
+        store.remember(ANSWERS, key, store.publish(ANSWERS, {"answers.jsonl": text.encode()}), {})
+    return answers, [completion.seconds for completion in completions]
+
+
+# -- lines ---------------------------------------------------------------------------------------------
+
+
+def evaluated_rows(
+    arm: str,
+    rows: Sequence[Mapping[str, Any]],
+    prompts: Sequence[str],
+    expected: Sequence[str],
+    answers: Sequence[Answer],
+    evaluation: EvaluationSpec,
+    sampled: Sequence[bool],
+    must_pass: Sequence[bool],
+) -> list[Row]:
+    """One line per row: the dicts of rows.jsonl. Raises MetricError that names the row."""
+    metrics = evaluation.resolved_metrics()
+    scorers = row_scores(metrics, evaluation.task)
+    decides = metric_name(metrics[0])
+    lines = []
+    for i, (row, found) in enumerate(zip(rows, answers, strict=True)):
+        try:
+            scores = {name: float(score(expected[i], found.text, row)) for name, score in scorers.items()}
+        except MetricError as error:
+            raise MetricError(f"row {row['_row']}: {error}") from error
+        except Exception as error:
+            raise MetricError(
+                f"row {row['_row']}: a metric failed: {type(error).__name__}: {error}"
+            ) from error
+        lines.append(
+            {
+                "row": row["_row"],
+                "arm": arm,
+                "prompt": prompts[i],
+                "expected": expected[i],
+                "answer": found.text,
+                "scores": scores,
+                "right": scores[decides] >= right_from(decides),
+                "refused": is_refused(found.text, evaluation.value),
+                "segments": {column: str(row.get(column)) for column in evaluation.segments},
+                "cluster": str(row.get(evaluation.cluster)) if evaluation.cluster else None,
+                "must_pass": must_pass[i],
+                "sampled": sampled[i],
+                "prompt_tokens": found.prompt_tokens,
+                "answer_tokens": found.answer_tokens,
+                "finished": found.finished,
+            }
+        )
+    return lines
+
+
+def evaluate(
+    base: "Base",
+    prompt: PromptSpec,
+    evaluation: EvaluationSpec,
+    rows: Sequence[Mapping[str, Any]],
+    train_rows: Sequence[Mapping[str, Any]],
+    arms: Sequence[Arm],
+    *,
+    must_pass: Sequence[Mapping[str, Any]] = (),
+    asked_with: PromptSpec | Mapping[str, Any] | None = None,
+    store: ArtifactStore | None = None,
+    compute: str = "",
+    on_progress: Callable[[str, int, int], None] | None = None,
+) -> tuple[list[Row], dict[str, list[float] | None]]:
+    """Lines of every arm (in order of arm, then row hash), and seconds per line by arm (None: memoized).
+
+    `rows` are the selected evaluation rows. `asked_with` is the prompt put to the model when it is not the
+    customization's own (a champion was trained on its own); what is expected always follows `prompt`.
+    """
+    from ml_assets.engine.prompting import render_target
+
+    sampled = {row["_row"] for row in rows}
+    questions = {_question(prompt, row): row["_row"] for row in rows}
+    chosen: dict[str, Mapping[str, Any]] = {row["_row"]: row for row in rows}
+    required: set[str] = set()
+    for row in must_pass:  # one that is an evaluation row as well is evaluated once
+        key = questions.get(_question(prompt, row), row["_row"])
+        required.add(key)
+        chosen.setdefault(key, row)
+    ordered = [chosen[key] for key in sorted(chosen)]
+    if not ordered:
+        raise EvaluationError("there are no evaluation rows")
+    asked = asked_with or prompt
+    max_new_tokens = evaluation.max_new_tokens or default_new_tokens(base, prompt, train_rows)
+    expected = [render_target(prompt, row) for row in ordered]
+    lines: list[Row] = []
+    seconds: dict[str, list[float] | None] = {}
+    for arm in arms:
+        conversations = [build_messages(asked, row, arm.examples) for row in ordered]
+        answers, seconds[arm.name] = answer(
+            base,
+            conversations,
+            [row["_row"] for row in ordered],
+            max_new_tokens,
+            arm,
+            store=store,
+            compute=compute,
+            on_progress=(lambda done, total, name=arm.name: on_progress(name, done, total))
+            if on_progress
+            else None,
+        )
+        lines += evaluated_rows(
+            arm.name,
+            ordered,
+            [messages[-1]["content"] for messages in conversations],
+            expected,
+            answers,
+            evaluation,
+            [row["_row"] in sampled for row in ordered],
+            [row["_row"] in required for row in ordered],
+        )
+    return lines, seconds
+
+
+def _question(prompt: PromptSpec, row: Mapping[str, Any]) -> tuple[str, str]:
+    from ml_assets.engine.prompting import render_messages, render_target
+
+    return json.dumps(render_messages(prompt, row)), render_target(prompt, row)
+
+
+def fitting_examples(
+    base: "Base",
+    prompt: PromptSpec,
+    rows: Sequence[Mapping[str, Any]],
+    examples: Sequence[Mapping[str, Any]],
+    max_new_tokens: int,
+) -> list[Mapping[str, Any]]:
+    """As many of the first examples as leave room in the context for every row and its answer."""
+    fitting = list(examples)
+    while fitting:
+        longest = max(len(base.chat.prompt_ids(build_messages(prompt, row, fitting))) for row in rows)
+        if longest + max_new_tokens <= base.context_length:
+            break
+        fitting.pop()
+    return fitting
+
+
+# -- forgetting ----------------------------------------------------------------------------------------
+
+
+def neutral_texts() -> list[str]:
+    """Short passages that have nothing to do with any customization."""
+    text = Path(__file__).with_name("neutral.txt").read_text(encoding="utf-8")
+    return [" ".join(passage.split()) for passage in text.split("\n\n")]
+
+
+def forgetting(base: "Base", adapter: str) -> float:
+    """Rise of the negative log-likelihood of neutral text through an adapter, nats per token."""
+    from ml_assets.engine.scoring import text_nll
+
+    texts = neutral_texts()
+    with base.active(None):
+        without = text_nll(base, texts)
+    with base.active(adapter):
+        return text_nll(base, texts) - without

@@ -1,0 +1,88 @@
+"""The command line as a person uses it."""
+
+import re
+import socket
+
+import pytest
+
+from ml_assets.cli.main import main
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path, monkeypatch):
+    monkeypatch.setenv("EVERGREEN_HOME", str(tmp_path / "home"))
+    for variable in ("EVERGREEN_DAGSTER_PORT", "EVERGREEN_LEDGER_URL"):
+        monkeypatch.delenv(variable, raising=False)
+    return tmp_path / "home"
+
+
+def test_help_names_every_command_and_variable(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["--help"])
+    assert ended.value.code == 0
+    text = capsys.readouterr().out
+    for word in ("init", "up", "down", "status", "demo", "keys", "EVERGREEN_HOME", "EVERGREEN_MLFLOW_URI"):
+        assert re.search(rf"^\s+{word}\s", text, re.M), word
+
+
+@pytest.mark.parametrize("arguments", [[], ["fly"], ["keys"], ["keys", "revoke"]])
+def test_an_unknown_command_is_a_usage_error(arguments, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    assert ended.value.code == 2
+    assert "usage: evergreen" in capsys.readouterr().err
+
+
+def test_a_key_is_made_listed_and_revoked(capsys, home):
+    assert main(["keys", "create", "--name", "till", "--scope", "home_commands", "--days", "2"]) == 0
+    captured = capsys.readouterr()
+    key = captured.out.strip()
+    key_id = re.fullmatch(r"evg_([0-9a-f]{8})_\S{43}", key)
+    assert key_id
+    assert main(["keys", "list"]) == 0
+    listing = capsys.readouterr().out
+    assert re.search(rf"^{key_id[1]}  home_commands .* until 20\d\d-\d\d-\d\d +till$", listing, re.M), listing
+    assert key not in listing
+    assert main(["keys", "revoke", key_id[1]]) == 0
+    assert main(["keys", "list"]) == 0
+    assert re.search(rf"^{key_id[1]}  .* revoked +till$", capsys.readouterr().out, re.M)
+    stored = b"".join(path.read_bytes() for path in home.rglob("*") if path.is_file())
+    assert key.encode() not in stored
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["keys", "revoke", "00000000"], "no API key with id '00000000'"),
+        (["keys", "create", "--scope", "Not A Name"], "expected a customization name"),
+        (["keys", "create", "--days", "-1"], "expected a time in the future"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_1(arguments, message, capsys):
+    assert main(arguments) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("evergreen: error: ")
+    assert message in error
+    assert len(error.splitlines()) == 1
+
+
+def test_a_port_that_is_no_port_names_its_variable(monkeypatch, capsys):
+    monkeypatch.setenv("EVERGREEN_DAGSTER_PORT", "http")
+    assert main(["up"]) == 1
+    assert "EVERGREEN_DAGSTER_PORT='http': expected a port number" in capsys.readouterr().err
+
+
+def test_up_with_a_taken_port_starts_nothing(monkeypatch, capsys, home):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        monkeypatch.setenv("EVERGREEN_DAGSTER_PORT", str(port))
+        assert main(["up"]) == 1
+    assert f"port {port} is in use" in capsys.readouterr().err
+    assert [path.name for path in home.iterdir()] == ["operation.lock"]
+
+
+def test_status_and_down_of_nothing(capsys, home):
+    assert main(["status"]) == 1
+    assert capsys.readouterr().out == f"not running (data directory {home})\n"
+    assert main(["down"]) == 0
+    assert capsys.readouterr().out == f"Nothing was running in {home}.\n"

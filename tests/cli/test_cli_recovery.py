@@ -1,0 +1,141 @@
+"""Runs whose process is gone: what a start of the deployment does about them."""
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from dagster import DagsterInstance, DagsterRunStatus
+from dagster._core.launcher.base import WorkerStatus
+from dagster._core.storage.tags import WILL_RETRY_TAG
+from dagster._core.test_utils import create_run_for_test
+
+from ml_assets.cli.launcher import BOOT_ID, PROCESS_STARTED, identity
+from ml_assets.cli.recovery import CURSORS, recover
+from ml_assets.endpoints.ledger import Ledger
+from ml_assets.settings import Settings
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def shared_instance(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("dagster")
+    shutil.copy(ROOT / "dagster.yaml", directory)
+    with DagsterInstance.from_config(str(directory)) as instance:
+        yield instance
+
+
+@pytest.fixture
+def instance(shared_instance, tmp_path, monkeypatch):
+    monkeypatch.setenv("EVERGREEN_HOME", str(tmp_path))
+    for run in shared_instance.get_runs():
+        shared_instance.delete_run(run.run_id)
+    return shared_instance
+
+
+@pytest.fixture
+def worker():
+    process = subprocess.Popen(["sleep", "60"])
+    yield identity(process.pid)
+    process.kill()
+    process.wait()
+
+
+def dead() -> dict[str, str]:
+    process = subprocess.Popen(["sleep", "60"])
+    tags = identity(process.pid)
+    process.kill()
+    process.wait()
+    return tags
+
+
+def fenced(run_id: str) -> bool:
+    return Ledger(Settings.from_env().ledger_url).is_fenced(run_id)
+
+
+def test_a_run_whose_process_is_gone_fails_is_fenced_and_will_be_retried(instance):
+    run = create_run_for_test(instance, status=DagsterRunStatus.STARTED, tags=dead())
+    assert [found.run_id for found in recover(instance)] == [run.run_id]
+    failed = instance.get_run_by_id(run.run_id)
+    assert failed.status == DagsterRunStatus.FAILURE
+    assert failed.tags[WILL_RETRY_TAG] == "true"
+    assert fenced(run.run_id)
+
+
+def test_doing_it_again_finds_nothing(instance):
+    create_run_for_test(instance, status=DagsterRunStatus.STARTED, tags=dead())
+    assert len(recover(instance)) == 1
+    assert recover(instance) == []
+
+
+def test_a_live_worker_is_left_alone(instance, worker):
+    run = create_run_for_test(instance, status=DagsterRunStatus.STARTED, tags=worker)
+    assert recover(instance) == []
+    assert instance.get_run_by_id(run.run_id).status == DagsterRunStatus.STARTED
+    assert not fenced(run.run_id)
+
+
+@pytest.mark.parametrize("changed", [BOOT_ID, PROCESS_STARTED])
+def test_a_process_with_the_pid_of_the_worker_is_not_the_worker(instance, worker, changed):
+    run = create_run_for_test(instance, status=DagsterRunStatus.STARTED, tags=worker | {changed: "other"})
+    assert [found.run_id for found in recover(instance)] == [run.run_id]
+
+
+def test_a_run_that_died_before_it_had_a_process_is_retried(instance):
+    run = create_run_for_test(instance, status=DagsterRunStatus.STARTING)
+    assert [found.run_id for found in recover(instance)] == [run.run_id]
+    assert instance.get_run_by_id(run.run_id).tags[WILL_RETRY_TAG] == "true"
+
+
+def test_a_run_that_was_being_canceled_is_canceled_and_not_retried(instance):
+    run = create_run_for_test(instance, status=DagsterRunStatus.CANCELING, tags=dead())
+    assert len(recover(instance)) == 1
+    canceled = instance.get_run_by_id(run.run_id)
+    assert canceled.status == DagsterRunStatus.CANCELED
+    assert WILL_RETRY_TAG not in canceled.tags
+    assert fenced(run.run_id)
+
+
+def test_waiting_and_finished_runs_and_those_executed_by_hand_are_left_alone(instance):
+    for status in (DagsterRunStatus.NOT_STARTED, DagsterRunStatus.SUCCESS, DagsterRunStatus.FAILURE):
+        create_run_for_test(instance, status=status, tags=dead())
+    create_run_for_test(instance, status=DagsterRunStatus.STARTED)
+    assert recover(instance) == []
+
+
+def test_the_daemon_is_told_to_look_at_failures_from_before_its_first_start(instance):
+    recover(instance)
+    assert set(instance.daemon_cursor_storage.get_cursor_values(set(CURSORS)).values()) == {"0"}
+    instance.daemon_cursor_storage.set_cursor_values({CURSORS[0]: "7"})
+    recover(instance)
+    assert instance.daemon_cursor_storage.get_cursor_values({CURSORS[0]})[CURSORS[0]] == "7"
+
+
+def test_a_run_that_crashed_too_often_is_not_retried_for_ever(instance):
+    run = create_run_for_test(
+        instance, status=DagsterRunStatus.STARTED, tags=dead() | {"dagster/max_retries": "0"}
+    )
+    recover(instance)
+    failed = instance.get_run_by_id(run.run_id)
+    assert failed.status == DagsterRunStatus.FAILURE
+    assert failed.tags[WILL_RETRY_TAG] == "false"
+
+
+def test_run_monitoring_sees_the_same(instance, worker):
+    launcher = instance.run_launcher
+    alive = create_run_for_test(instance, status=DagsterRunStatus.STARTED, tags=worker)
+    gone = create_run_for_test(instance, status=DagsterRunStatus.STARTED, tags=dead())
+    by_hand = create_run_for_test(instance, status=DagsterRunStatus.STARTED)
+    assert launcher.check_run_worker_health(alive).status == WorkerStatus.RUNNING
+    assert launcher.check_run_worker_health(by_hand).status == WorkerStatus.RUNNING
+    assert launcher.check_run_worker_health(gone).status == WorkerStatus.FAILED
+    assert fenced(gone.run_id)
+    assert not fenced(alive.run_id)
+
+
+def test_a_run_that_ended_while_it_was_looked_at_has_not_failed(instance):
+    run = create_run_for_test(instance, status=DagsterRunStatus.STARTED, tags=dead())
+    instance.report_run_canceled(run)
+    assert instance.run_launcher.check_run_worker_health(run).status == WorkerStatus.SUCCESS
+    assert not fenced(run.run_id)

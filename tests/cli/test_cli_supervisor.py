@@ -1,0 +1,195 @@
+"""Starting programs together, keeping them, and ending all of them."""
+
+import contextlib
+import json
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import pytest
+
+from ml_assets.cli import supervisor as module
+from ml_assets.cli.launcher import identity, is_alive
+from ml_assets.cli.supervisor import OperationError, Program, Supervisor, check_ports, end_leftovers
+from ml_assets.settings import Settings
+
+
+@pytest.fixture
+def settings(tmp_path, monkeypatch) -> Settings:
+    monkeypatch.setenv("EVERGREEN_HOME", str(tmp_path))
+    return replace(
+        Settings.from_env(), dagster_port=free_port(), mlflow_port=free_port(), gateway_port=free_port()
+    )
+
+
+@pytest.fixture
+def supervise(settings):
+    """Keeps a program running until the test ends; returns the supervisor."""
+    supervisor = Supervisor(settings)
+    threads = []
+
+    def keep(*command: str) -> Supervisor:
+        threads.append(
+            threading.Thread(target=supervisor.keep, args=(Program("it", command, settings.home),))
+        )
+        threads[-1].start()
+        return supervisor
+
+    yield keep
+    supervisor.stop()
+    for thread in threads:
+        thread.join(20)
+        assert not thread.is_alive()
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def wait_for(condition, seconds=20.0):
+    deadline = time.monotonic() + seconds
+    while not (result := condition()):
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.02)
+    return result
+
+
+def lines(path: Path) -> list[str]:
+    return path.read_text().splitlines() if path.exists() else []
+
+
+# -- ports ---------------------------------------------------------------------------------------------
+
+
+def test_free_ports_are_fine(settings):
+    check_ports(settings)
+
+
+def test_a_taken_port_is_named_with_its_variable_and_holder(settings):
+    code = "import socket, time; s = socket.create_server(('127.0.0.1', %d)); print('up', flush=True)"
+    holder = subprocess.Popen(
+        [sys.executable, "-c", code % settings.mlflow_port + "; time.sleep(60)"],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert holder.stdout and holder.stdout.readline() == "up\n"
+        with pytest.raises(OperationError) as caught:
+            check_ports(settings)
+    finally:
+        holder.kill()
+        holder.communicate()
+    message = str(caught.value)
+    assert f"port {settings.mlflow_port} is in use by process {holder.pid} ({sys.executable}" in message
+    assert "with EVERGREEN_MLFLOW_PORT" in message
+
+
+def test_two_programs_on_one_port_is_an_error(settings):
+    with pytest.raises(OperationError, match="EVERGREEN_GATEWAY_PORT and EVERGREEN_DAGSTER_PORT are both"):
+        check_ports(replace(settings, gateway_port=settings.dagster_port))
+
+
+def test_an_address_of_another_machine_is_an_error(settings):
+    with pytest.raises(OperationError, match=r"192\.0\.2\.7 \(EVERGREEN_HOST\) can't be used"):
+        check_ports(replace(settings, host="192.0.2.7"))
+
+
+# -- keeping and ending --------------------------------------------------------------------------------
+
+
+def test_a_program_that_dies_is_started_again(supervise, tmp_path):
+    starts = tmp_path / "starts"
+    supervisor = supervise("sh", "-c", f"echo $$ >> {starts}; exec sleep 60")
+    first = int(wait_for(lambda: lines(starts))[0])
+    os.kill(first, signal.SIGKILL)
+    pids = wait_for(lambda: len(lines(starts)) == 2 and lines(starts))
+    assert int(pids[1]) != first
+    state = json.loads((tmp_path / "supervisor.json").read_text())
+    assert state["processes"]["it"] == identity(supervisor.processes["it"].pid)
+
+
+def test_what_a_dead_program_left_in_its_group_goes_with_it(supervise, tmp_path):
+    children = tmp_path / "children"
+    supervise("sh", "-c", f"sleep 60 & echo $! >> {children}; wait")
+    child = identity(int(wait_for(lambda: lines(children))[0]))
+    os.kill(psutil.Process(int(child["evergreen/pid"])).ppid(), signal.SIGKILL)
+    wait_for(lambda: not is_alive(child))
+
+
+def test_stopping_ends_what_ignores_term(supervise, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "STOP_SECONDS", 0.5)
+    ready = tmp_path / "ready"
+    supervisor = supervise("sh", "-c", f"trap '' TERM; touch {ready}; sleep 60 & sleep 60; sleep 60")
+    wait_for(ready.exists)
+    group = supervisor.processes["it"].pid
+    supervisor.stop()
+    wait_for(lambda: not module._group_lives(group))
+
+
+def test_nothing_is_started_after_a_stop(supervise, tmp_path):
+    starts = tmp_path / "starts"
+    supervisor = supervise("sh", "-c", f"echo x >> {starts}")  # ends at once, again and again
+    wait_for(lambda: lines(starts))
+    supervisor.stop()
+    count = len(lines(starts))
+    time.sleep(2.5)  # longer than the first pause
+    assert len(lines(starts)) == count
+
+
+def test_output_goes_to_the_log_with_the_name_and_without_colors(supervise, caplog):
+    caplog.set_level(logging.INFO)
+    supervise(sys.executable, "-c", r"print('\033[32mhello\033[0m', flush=True); import time; time.sleep(60)")
+    wait_for(lambda: [r for r in caplog.records if (r.name, r.getMessage()) == ("it", "hello")])
+
+
+def test_what_a_killed_supervisor_left_is_ended_but_no_stranger(settings):
+    left = subprocess.Popen(["sleep", "60"], start_new_session=True)
+    stranger = subprocess.Popen(["sleep", "60"], start_new_session=True)
+    try:
+        processes = {
+            "a": identity(left.pid),
+            "b": identity(stranger.pid) | {"evergreen/process_started": "1"},
+        }
+        module.state_path(settings).write_text(json.dumps({"processes": processes}))
+        end_leftovers(settings)
+        wait_for(lambda: left.poll() is not None)
+        assert stranger.poll() is None
+    finally:
+        for process in (left, stranger):
+            with contextlib.suppress(ProcessLookupError):
+                process.kill()
+            process.wait()
+
+
+def test_running_is_a_supervisor_that_lives(settings):
+    assert not module.is_running(settings)
+    process = subprocess.Popen(["sleep", "60"])
+    try:
+        state = {"supervisor": identity(process.pid), "processes": {}, "urls": {}}
+        module.state_path(settings).write_text(json.dumps(state))
+        assert module.is_running(settings)
+    finally:
+        process.kill()
+        process.wait()
+    assert not module.is_running(settings)
+
+
+def test_programs_get_this_deployment_and_no_telemetry(settings):
+    environment = module.environment(settings)
+    assert environment["DAGSTER_HOME"] == str(settings.home / "dagster")
+    assert environment["EVERGREEN_GATEWAY_PORT"] == str(settings.gateway_port)
+    assert environment["MLFLOW_DISABLE_TELEMETRY"] == "true"
+    assert environment["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] == "false"
+    assert environment["MLFLOW_ALLOW_PICKLE_DESERIALIZATION"] == "false"
+    assert environment["HF_HUB_DISABLE_TELEMETRY"] == "1"
+    assert environment["DO_NOT_TRACK"] == "1"

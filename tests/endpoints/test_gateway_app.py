@@ -1,0 +1,560 @@
+"""The gateway as its users see it: the official client, errors, limits, keys, streams, swaps under load."""
+
+import json
+import random
+import re
+import socket
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+import sqlalchemy as sa
+from fastapi import FastAPI
+from fastapi.routing import APIRoute
+from gateway_world import CONTEXT, QUESTION, Made, World, gateway_in_thread
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from ml_assets.endpoints.gateway import keys
+from ml_assets.endpoints.gateway.app import ACCESS
+from ml_assets.endpoints.ledger import api_keys
+
+MAX_NEW = 12
+HEX = re.compile(r"[0-9a-f]{64}")
+
+
+class Served:
+    """One gateway that serves `home` and `news`, for all tests of this module."""
+
+    def __init__(self, world: World, url: str, app: FastAPI, adapters: dict[str, Made]):
+        self.world, self.url, self.app, self.adapters = world, url, app, adapters
+        self.client = openai.OpenAI(base_url=f"{url}/v1", api_key=world.key, max_retries=0)
+        self.http = httpx.Client(base_url=url, headers=bearer(world.key), timeout=60)
+        self.admin = httpx.Client(base_url=url, headers=bearer(world.admin_key), timeout=120)
+
+    def chat(self, **body: Any) -> httpx.Response:
+        return self.http.post("/v1/chat/completions", json={"model": "home", "messages": QUESTION} | body)
+
+    def serve(self, made: Made) -> None:
+        assert self.stage(made).status_code == 200
+        self.world.record(made)
+        self.activate(made)
+
+    def stage(self, made: Made, **changes: Any) -> httpx.Response:
+        fields = ("customization", "base_revision", "base_digest", "adapter_digest")
+        body = {name: getattr(made.release(), name) for name in fields}
+        return self.admin.post("/admin/stage", json=body | {"max_new_tokens": MAX_NEW} | changes)
+
+    def activate(self, made: Made) -> None:
+        body = {"customization": made.customization, "adapter_digest": made.digest}
+        response = self.admin.post("/admin/activate", json=body)
+        assert response.status_code == 200, response.text
+
+
+def bearer(key: str) -> dict[str, str]:
+    return {"Authorization": f"Bearer {key}"}
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    world = World(tmp_path_factory.mktemp("served"))
+    adapters = {
+        "home": world.adapter("home", 1),
+        "home2": world.adapter("home", 2),
+        "news": world.adapter("news", 3, system="Answer in one word."),
+    }
+    for name in ("home", "news"):
+        world.record(adapters[name])
+    with gateway_in_thread(world, max_body_bytes=64_000, max_queue=4) as (url, app):
+        yield Served(world, url, app, adapters)
+
+
+# -- the official client -------------------------------------------------------------------------------
+
+
+def test_chat_with_the_official_client(served: Served) -> None:
+    made = served.adapters["home"]
+    raw = served.client.chat.completions.with_raw_response.create(model="home", messages=QUESTION)
+    answer = raw.parse()
+    assert answer.choices[0].message.content == made.answer
+    assert answer.choices[0].finish_reason == "length"
+    assert answer.system_fingerprint == made.digest == raw.headers["x-evergreen-adapter"]
+    assert raw.headers["x-evergreen-base"] == made.base_revision
+    assert answer.usage is not None
+    assert answer.usage.completion_tokens == MAX_NEW
+    assert answer.usage.total_tokens == answer.usage.prompt_tokens + MAX_NEW
+
+
+def test_stream_with_the_official_client(served: Served) -> None:
+    made = served.adapters["home"]
+    stream = served.client.chat.completions.create(
+        model="home", messages=QUESTION, stream=True, stream_options={"include_usage": True}
+    )
+    chunks = list(stream)
+    text = "".join(c.choices[0].delta.content or "" for c in chunks if c.choices)
+    assert text == made.answer
+    assert {c.system_fingerprint for c in chunks} == {made.digest}
+    assert [c.choices[0].finish_reason for c in chunks if c.choices][-1] == "length"
+    assert len(chunks) > 4, "tokens come one by one"
+    assert chunks[-1].usage and chunks[-1].usage.completion_tokens == MAX_NEW
+    assert all(c.usage is None for c in chunks[:-1])
+    with served.http.stream(
+        "POST", "/v1/chat/completions", json={"model": "home", "messages": QUESTION, "stream": True}
+    ) as response:
+        assert response.headers["x-evergreen-adapter"] == made.digest
+        assert response.headers["content-type"].startswith("text/event-stream")
+        assert response.read().endswith(b"data: [DONE]\n\n")
+
+
+def test_models(served: Served) -> None:
+    assert [model.id for model in served.client.models.list()] == ["home", "news"]
+    assert served.client.models.retrieve("news").id == "news"
+    narrow = keys.create(served.world.ledger, ["news"])[0]
+    client = openai.OpenAI(base_url=f"{served.url}/v1", api_key=narrow, max_retries=0)
+    assert [model.id for model in client.models.list()] == ["news"]
+    with pytest.raises(openai.PermissionDeniedError, match="its scopes are: news"):
+        client.chat.completions.create(model="home", messages=QUESTION)
+
+
+def test_errors_of_the_official_client(served: Served) -> None:
+    create = served.client.chat.completions.create
+    with pytest.raises(openai.NotFoundError, match="'nothing' does not exist") as missing:
+        create(model="nothing", messages=QUESTION)
+    assert missing.value.code == "model_not_found" and missing.value.param == "model"
+    with pytest.raises(openai.BadRequestError, match=r"temperature: .*less than or equal to 2"):
+        create(model="home", messages=QUESTION, temperature=3)
+    with pytest.raises(openai.BadRequestError, match=r"tools: .*not supported"):
+        tool = {"type": "function", "function": {"name": "f"}}
+        create(model="home", messages=QUESTION, tools=[tool])
+    with pytest.raises(openai.APIStatusError, match=f"at most {CONTEXT - 1}") as long:
+        create(model="home", messages=[{"role": "user", "content": "light " * CONTEXT}])
+    assert long.value.status_code == 413 and long.value.code == "context_length_exceeded"
+    with pytest.raises(openai.APIStatusError, match="larger than 64000 bytes") as large:
+        create(model="home", messages=[{"role": "user", "content": "x" * 70_000}])
+    assert large.value.status_code == 413
+    wrong = openai.OpenAI(base_url=f"{served.url}/v1", api_key="evg_wrong", max_retries=0)
+    with pytest.raises(openai.AuthenticationError, match="wrong, expired or revoked"):
+        wrong.models.list()
+
+
+# -- arguments -----------------------------------------------------------------------------------------
+
+
+def test_arguments_of_an_answer(served: Served) -> None:
+    short = served.chat(max_tokens=3).json()
+    assert short["usage"]["completion_tokens"] == 3 and short["choices"][0]["finish_reason"] == "length"
+    assert served.chat(max_completion_tokens=2).json()["usage"]["completion_tokens"] == 2
+    assert served.chat(max_tokens=10_000).json()["usage"]["completion_tokens"] == MAX_NEW
+
+    whole = served.adapters["home"].answer
+    stop = whole[4]
+    cut = served.chat(stop=[stop, "never"]).json()["choices"][0]
+    assert (cut["message"]["content"], cut["finish_reason"]) == (whole[: whole.index(stop)], "stop")
+
+    sampled = [served.chat(temperature=2, seed=seed).json()["choices"][0] for seed in (1, 1, 2, 3)]
+    texts = [choice["message"]["content"] for choice in sampled]
+    assert texts[0] == texts[1] and len(set(texts)) > 1
+    unseeded = {served.chat(temperature=2).json()["choices"][0]["message"]["content"] for _ in range(4)}
+    assert len(unseeded) > 1
+    narrow = served.chat(temperature=2, top_p=1e-6).json()["choices"][0]["message"]["content"]
+    assert narrow == whole
+
+
+def test_the_system_prompt_of_the_training_is_added_when_there_is_none(served: Served) -> None:
+    def tokens(messages: list[dict[str, Any]]) -> int:
+        return served.chat(model="news", messages=messages, max_tokens=1).json()["usage"]["prompt_tokens"]
+
+    system = {"role": "system", "content": "Answer in one word."}
+    assert tokens(QUESTION) == tokens([system, *QUESTION])
+    assert tokens([{"role": "developer", "content": "?"}, *QUESTION]) < tokens(QUESTION)
+    parts = [{"type": "text", "text": "turn on "}, {"type": "text", "text": "the light"}]
+    assert tokens([{"role": "user", "content": parts}]) == tokens(QUESTION)
+
+
+# -- keys ----------------------------------------------------------------------------------------------
+
+
+def test_every_route_has_an_access_rule(served: Served) -> None:
+    routes = {
+        (method, route.path)
+        for route in served.app.routes
+        if isinstance(route, APIRoute)
+        for method in route.methods
+    }
+    assert routes == set(ACCESS)
+    assert len(served.app.routes) == len(routes), "routes that are no APIRoute have no rule"
+
+
+@pytest.fixture(scope="module")
+def credentials(served: Served) -> dict[str, str | None]:
+    ledger = served.world.ledger
+    expired, info = keys.create(ledger, ["*", "admin"], expires_at=datetime.now(UTC) + timedelta(hours=1))
+    with ledger.engine.begin() as connection:
+        past = (datetime.now(UTC) - timedelta(hours=1)).isoformat(timespec="microseconds")
+        connection.execute(sa.update(api_keys).where(api_keys.c.id == info.id).values(expires_at=past))
+    revoked, info = keys.create(ledger, ["*", "admin"])
+    keys.revoke(ledger, info.id)
+    return {
+        "no": None,
+        "wrong": f"evg_00000000_{'A' * 43}",
+        "expired": expired,
+        "revoked": revoked,
+        "other scope": keys.create(ledger, ["another"])[0],
+        "user": served.world.key,
+        "admin": served.world.admin_key,
+    }
+
+
+@pytest.mark.parametrize(("method", "path"), sorted(ACCESS))
+def test_who_may_use_a_route(
+    served: Served, credentials: dict[str, str | None], method: str, path: str
+) -> None:
+    access = ACCESS[method, path]
+    for who, key in credentials.items():
+        response = httpx.request(
+            method,
+            served.url + path.replace("{model}", "home"),
+            headers=bearer(key) if key else {},
+            json={"model": "home", "messages": QUESTION, "max_tokens": 1} if method == "POST" else None,
+        )
+        status = response.status_code
+        if access == "public":
+            assert status == 200, who
+        elif who in ("no", "wrong", "expired", "revoked"):
+            assert status == 401 and response.headers["www-authenticate"] == "Bearer", who
+        elif access == "admin" and who != "admin":
+            assert status == 403, who
+        elif who == "other scope" and path != "/v1/models":
+            assert access == "key" and status == 403, who
+        else:
+            assert status in (200, 400), who
+        if status >= 400:
+            assert set(response.json()["error"]) == {"message", "type", "param", "code"}
+
+
+def test_a_route_without_a_rule_is_closed(served: Served) -> None:
+    @served.app.get("/forgotten")
+    def forgotten() -> str:
+        return "secret"
+
+    try:
+        response = served.admin.get("/forgotten")
+        assert response.status_code == 403 and response.json()["error"]["code"] == "no_access_rule"
+    finally:
+        served.app.router.routes.pop()
+
+
+def test_other_schemes_and_paths(served: Served) -> None:
+    basic = {"Authorization": f"Basic {served.world.key}"}
+    assert httpx.get(f"{served.url}/v1/models", headers=basic).status_code == 401
+    assert httpx.get(f"{served.url}/nothing").status_code == 401
+    assert served.http.get("/nothing").json()["error"]["code"] == "not_found"
+    assert served.http.get("/v1/chat/completions").status_code == 405
+    assert httpx.get(f"{served.url}/docs").status_code == 401
+
+
+# -- bad requests --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("body", "param", "message"),
+    [
+        (b"", None, "Invalid JSON"),
+        (b"{", None, "Invalid JSON"),
+        (b"\xff\xfe", None, "Invalid JSON"),
+        (b"[]", None, "object"),
+        (b"[" * 30_000, None, "Invalid JSON"),
+        ({"messages": QUESTION}, "model", "required"),
+        ({"model": 3, "messages": QUESTION}, "model", "string"),
+        ({"model": "home"}, "messages", "required"),
+        ({"model": "home", "messages": []}, "messages", "at least 1"),
+        ({"model": "home", "messages": [{"role": "root", "content": ""}]}, "messages.0.role", "'system'"),
+        ({"model": "home", "messages": QUESTION, "n": 2}, "n", "expected 1 or null"),
+        ({"model": "home", "messages": QUESTION, "max_tokens": 0}, "max_tokens", "greater than"),
+        ({"model": "home", "messages": QUESTION, "max_tokens": "5"}, "max_tokens", "integer"),
+        ({"model": "home", "messages": QUESTION, "temprature": 1}, "temprature", "not permitted"),
+        ({"model": "home", "messages": QUESTION, "stop": [""]}, "stop", "not empty"),
+        ({"model": "home", "messages": QUESTION, "stream_options": {}}, None, "stream"),
+        (b'{"model": "home", "messages": [{"role": "user", "content": "\\ud800"}]}', None, "Invalid JSON"),
+        (b'{"model": "home", "messages": [], "temperature": NaN}', "messages", "at least 1"),
+    ],
+)
+def test_malformed_requests(served: Served, body: Any, param: str | None, message: str) -> None:
+    content = body if isinstance(body, bytes) else json.dumps(body).encode()
+    response = served.http.post("/v1/chat/completions", content=content)
+    assert response.status_code == 400, response.text
+    error = response.json()["error"]
+    assert error["param"] == param and message in error["message"], error
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
+    max_leaves=12,
+)
+FIELDS = {
+    "model": st.sampled_from(["home", "news", "x"]) | JSON,
+    "messages": st.just(QUESTION)
+    | st.lists(
+        st.fixed_dictionaries(
+            {"role": st.sampled_from(["system", "user", "assistant"]), "content": st.text(max_size=20)}
+        ),
+        max_size=4,
+    )
+    | JSON,
+}
+OPTIONS = {
+    "max_tokens": st.just(1) | JSON,
+    "temperature": st.floats(0, 2) | JSON,
+    "top_p": st.floats(0, 1) | JSON,
+    "seed": st.integers() | JSON,
+    "stop": st.text(max_size=3) | JSON,
+    "stream": st.booleans() | JSON,
+    "n": JSON,
+    "tools": JSON,
+    "stream_options": JSON,
+    "\ud800": JSON,
+}
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(body=st.fixed_dictionaries(FIELDS, optional=OPTIONS))
+def test_no_request_makes_the_gateway_fail(served: Served, body: dict[str, Any]) -> None:
+    body.setdefault("max_tokens", 1)
+    response = served.http.post("/v1/chat/completions", content=json.dumps(body).encode())
+    assert response.status_code in (200, 400, 404, 413), response.text
+    if response.status_code != 200:
+        assert response.json()["error"]["message"]
+
+
+@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(body=st.binary(max_size=200), route=st.sampled_from(sorted(p for m, p in ACCESS if m == "POST")))
+def test_bytes_that_are_no_request(served: Served, body: bytes, route: str) -> None:
+    assert served.admin.post(route, content=body).status_code == 400
+
+
+def test_a_chunked_body_is_stopped_at_the_limit(served: Served) -> None:
+    sent = 0
+
+    def endless() -> Iterator[bytes]:
+        nonlocal sent
+        while sent < 50_000_000:
+            sent += 10_000
+            yield b"x" * 10_000
+
+    try:
+        response = served.http.post("/v1/chat/completions", content=endless())
+        assert response.status_code == 413
+    except httpx.TransportError:  # the gateway closed the connection while we were still sending
+        pass
+    assert sent < 50_000_000
+    assert served.chat(max_tokens=1).status_code == 200
+
+
+def test_a_full_queue_says_when_to_come_back(served: Served) -> None:
+    with ThreadPoolExecutor(40) as pool:
+        responses = list(pool.map(lambda _: served.chat(), range(40)))
+    statuses = Counter(response.status_code for response in responses)
+    assert set(statuses) == {200, 429}, statuses
+    refused = next(response for response in responses if response.status_code == 429)
+    assert int(refused.headers["retry-after"]) >= 1
+    assert refused.json()["error"]["code"] == "queue_full"
+    answers = {r.json()["choices"][0]["message"]["content"] for r in responses if r.status_code == 200}
+    assert answers <= served.adapters["home"].answers
+
+
+def test_a_client_that_leaves_is_not_worked_for(served: Served) -> None:
+    made = served.world.adapter("long", 7)
+    assert served.stage(made, max_new_tokens=CONTEXT).status_code == 200
+    served.world.record(made)
+    served.activate(made)
+    engine = served.app.state.engine
+    host, port = served.url.removeprefix("http://").split(":")
+    for stream in (False, True):
+        body = json.dumps(
+            {"model": "long", "messages": QUESTION, "stream": stream, "stop": "\u2063"}
+        ).encode()
+        head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n"
+        head += f"Authorization: Bearer {served.world.key}\r\n\r\n"
+        with socket.create_connection((host, int(port))) as connection:
+            connection.sendall(head.encode() + body)
+            _wait(lambda: engine._live, "the request to start")
+        _wait(lambda: not engine._live, "the request to end")
+        _wait(lambda: engine.served["long"].leases == 0, "the version to be free")
+    text = httpx.get(f"{served.url}/metrics").text
+    assert 'evergreen_requests_total{customization="long",status="499"} 2.0' in text
+
+
+def _wait(condition: Any, what: str, seconds: float = 20) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"waited in vain for {what}"
+        time.sleep(0.002)
+
+
+# -- health and metrics --------------------------------------------------------------------------------
+
+
+def test_health_and_metrics(served: Served) -> None:
+    body = httpx.get(f"{served.url}/healthz").json()
+    assert body["live"] is True and body["status"] == "ready" and body["unserved"] == {}
+    assert body["served"]["news"]["adapter_digest"] == served.adapters["news"].digest
+    served.chat(model="news", max_tokens=2)
+    served.chat(model="no-such-model")
+    text = httpx.get(f"{served.url}/metrics").text
+    assert re.search(r'evergreen_requests_total\{customization="news",status="200"\} [1-9]', text)
+    assert re.search(r'evergreen_tokens_total\{customization="news",kind="completion"\} [1-9]', text)
+    assert re.search(r'evergreen_first_token_seconds_count\{customization="news"\} [1-9]', text)
+    assert re.search(r'evergreen_queue_length\{customization="news"\} 0', text)
+    assert f'evergreen_served{{adapter="{served.adapters["news"].digest}",base=' in text
+    assert "no-such-model" not in text
+
+
+# -- versions ------------------------------------------------------------------------------------------
+
+
+def test_swaps_under_load_lose_and_mix_up_nothing(served: Served) -> None:
+    versions = [served.world.adapter("home", seed) for seed in (1, 2, 4)]
+    golden = {made.digest: made.answers for made in versions}
+    assert not frozenset.intersection(*golden.values())
+    ending = threading.Event()
+    results: list[tuple[int, str | None, str]] = []
+
+    def ask(number: int) -> None:
+        with httpx.Client(base_url=served.url, headers=bearer(served.world.key), timeout=60) as client:
+            while not ending.is_set():
+                body = {"model": "home", "messages": QUESTION, "stream": number == 0}
+                response = client.post("/v1/chat/completions", json=body)
+                text = response.text
+                if response.status_code == 200:
+                    text = _streamed_text(text) if number == 0 else _content(response)
+                results.append((response.status_code, response.headers.get("x-evergreen-adapter"), text))
+
+    threads = [threading.Thread(target=ask, args=(number,)) for number in range(3)]
+    for thread in threads:
+        thread.start()
+    order = random.Random(0)
+    try:
+        for _ in range(25):
+            served.serve(order.choice(versions))
+    finally:
+        ending.set()
+        for thread in threads:
+            thread.join()
+    assert {status for status, _, _ in results} == {200}
+    assert len(results) > 25
+    assert len({digest for _, digest, _ in results}) == 3, "every version answered"
+    for _, digest, text in results:
+        assert digest and text in golden[digest]
+    engine = served.app.state.engine
+    _wait(lambda: len(engine._alive) == len(engine.served), "old versions to be detached")
+    [base] = {version.loaded.base for version in engine.served.values()}
+    assert set(base.adapters) == {version.adapter_digest for version in engine.served.values()}
+    served.serve(served.adapters["home"])
+
+
+def _content(response: httpx.Response) -> str:
+    return response.json()["choices"][0]["message"]["content"]
+
+
+def _streamed_text(body: str) -> str:
+    events = [json.loads(line[6:]) for line in body.splitlines() if line.startswith("data: {")]
+    return "".join(e["choices"][0]["delta"].get("content", "") for e in events)
+
+
+def test_only_what_the_ledger_says_is_served(served: Served) -> None:
+    before, other = served.adapters["home"], served.adapters["home2"]
+    staged = served.stage(other)
+    assert staged.status_code == 200 and staged.json()["verified"] is True
+    body = {"customization": "home", "adapter_digest": other.digest}
+    refused = served.admin.post("/admin/activate", json=body)
+    assert refused.status_code == 409 and refused.json()["error"]["code"] == "not_in_ledger"
+    assert served.chat().json()["system_fingerprint"] == before.digest
+    assert served.admin.post("/admin/discard", json={"customization": "home"}).status_code == 200
+    _wait(lambda: "home" not in served.app.state.engine.staged, "the staged version to be gone")
+
+
+@pytest.mark.parametrize("wrong", ["fingerprint", "no_effect", "base", "name", "damaged", "missing", "code"])
+def test_a_wrong_adapter_is_never_served(served: Served, wrong: str) -> None:
+    world, before = served.world, served.adapters["home"]
+    changes: dict[str, Any] = {}
+    if wrong == "fingerprint":
+        made, code = world.adapter("home", 11, fingerprint_of=12), "fingerprint_mismatch"
+    elif wrong == "no_effect":
+        probes = [{"messages": QUESTION, "answer": "x", "with": -1.0, "without": -1.0}]
+        fingerprint = {"probes": probes, "tolerance": 0.05}
+        made, code = world.adapter("home", 13, manifest={"fingerprint": fingerprint}), "artifact_error"
+    elif wrong == "base":
+        made, code = world.adapter("home", 14, manifest={"base_identity": "0" * 64}), "incompatible_adapter"
+    elif wrong == "name":
+        made, code = world.adapter("another", 15), "incompatible_adapter"
+        changes = {"customization": "home"}
+    elif wrong == "damaged":
+        made, code = world.adapter("home", 16), "artifact_error"
+        path = world.home / "artifacts" / "adapter" / made.digest / "adapter_model.safetensors"
+        data = bytearray(path.read_bytes())
+        data[-1] ^= 1
+        path.write_bytes(data)
+    elif wrong == "missing":
+        made, code = world.adapter("home", 17), "artifact_error"
+        changes = {"adapter_digest": "0" * 64}
+    else:
+        made, code = world.adapter("home", 18), "artifact_error"
+        source = world.home / "artifacts" / "adapter" / made.digest
+        files = {p.name: p.read_bytes() for p in source.iterdir() if p.name != "files.json"}
+        changes = {"adapter_digest": world.store.publish("adapter", files | {"model.pkl": b"x"}).digest}
+    response = served.stage(made, **changes)
+    assert response.status_code in (409, 422), response.text
+    assert response.json()["error"]["code"] == code, response.text
+    answer = served.chat()
+    assert answer.json()["system_fingerprint"] == before.digest and _content(answer) in before.answers
+    assert "home" not in served.app.state.engine.staged
+    _wait(lambda: len(served.app.state.engine._alive) == len(served.app.state.engine.served), "the end of it")
+
+
+def test_two_bases_at_once(served: Served) -> None:
+    made = served.world.adapter("home", 5, architecture="qwen2")
+    served.serve(made)
+    answer = served.chat()
+    assert answer.headers["x-evergreen-base"] == made.base_revision
+    assert _content(answer) in made.answers
+    assert served.chat(model="news", max_tokens=1).status_code == 200
+    served.serve(served.adapters["home"])
+    _wait(lambda: len(served.app.state.engine._bases) == 1, "the base that nobody uses to be freed")
+
+
+def test_a_withdrawn_customization_is_unknown(served: Served) -> None:
+    made = served.world.adapter("short_lived", 6)
+    served.serve(made)
+    assert served.chat(model="short_lived").status_code == 200
+    served.world.record(made, action="withdraw")
+    body = {"customization": "short_lived", "adapter_digest": None}
+    assert served.admin.post("/admin/activate", json=body).status_code == 200
+    assert served.chat(model="short_lived").status_code == 404
+
+
+def test_a_start_serves_what_verifies_and_leaves_out_the_rest(tmp_path: Path) -> None:
+    world = World(tmp_path)
+    good, bad = world.adapter("good", 1), world.adapter("bad", 2, fingerprint_of=3)
+    world.record(good)
+    world.record(bad)
+    with gateway_in_thread(world) as (url, _):
+        health = httpx.get(f"{url}/healthz").json()
+        assert health["status"] == "degraded"
+        assert list(health["served"]) == ["good"]
+        assert "does not answer with its fingerprint" in health["unserved"]["bad"]
+        client = openai.OpenAI(base_url=f"{url}/v1", api_key=world.key, max_retries=0)
+        assert (
+            client.chat.completions.create(model="good", messages=QUESTION).system_fingerprint == good.digest
+        )
+        with pytest.raises(openai.InternalServerError, match="does not answer with its fingerprint") as error:
+            client.chat.completions.create(model="bad", messages=QUESTION)
+        assert error.value.status_code == 503 and error.value.code == "model_not_available"
