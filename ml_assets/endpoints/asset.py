@@ -54,7 +54,7 @@ def build_endpoint_asset(spec: CustomizationSpec) -> dg.AssetsDefinition:
     def endpoint(
         context: dg.AssetExecutionContext,
         artifact_store: ArtifactStoreResource,
-        io_manager: ArtifactRefIOManager,
+        io_manager: dg.ResourceParam[ArtifactRefIOManager],
         mlflow_tracking: MlflowTracking,
         ledger: LedgerResource,
         gateway: GatewayResource,

@@ -16,7 +16,7 @@ from ml_assets.eval_reports.report import headline
 from ml_assets.eval_reports.runner import EvaluationError
 from ml_assets.settings import Settings
 from ml_assets.spec import CustomizationSpec
-from resources.artifact_store import ArtifactRefIOManager, ArtifactStoreResource
+from resources.artifact_store import ARTIFACT_REF, ArtifactRefIOManager, ArtifactStoreResource
 from resources.mlflow_tracking import MlflowTracking, TrackedRun, VersionInfo
 
 CHAMPION, CHALLENGER = "champion", "challenger"
@@ -54,7 +54,7 @@ def build_eval_report_asset(spec: CustomizationSpec, root: Path) -> dg.AssetsDef
         context: dg.AssetExecutionContext,
         artifact_store: ArtifactStoreResource,
         mlflow_tracking: MlflowTracking,
-        io_manager: ArtifactRefIOManager,
+        io_manager: dg.ResourceParam[ArtifactRefIOManager],
         adapter: ArtifactRef,
         dataset: ArtifactRef,
         base_model: ArtifactRef,
