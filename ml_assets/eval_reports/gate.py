@@ -371,7 +371,7 @@ def _flips(
             groups[f"{column}={value}"].append(pair)
     least = 1 if budget in (0, 1) else math.ceil(math.log(alpha) / math.log(1 - budget))
     found = []
-    for name, members in groups.items():
+    for name, members in sorted(groups.items(), key=lambda g: (g[0] != ALL, g[0])):
         lost = np.array([bool(b["right"]) and not a["right"] for a, b in members], dtype=float)
         gains = sum(bool(a["right"]) and not b["right"] for a, b in members)
         share, n = float(lost.mean()), len(members)
