@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,7 @@ def build_eval_report_asset(spec: CustomizationSpec, root: Path) -> dg.AssetsDef
         adapter: ArtifactRef,
         dataset: ArtifactRef,
         base_model: ArtifactRef,
-    ) -> dg.MaterializeResult:
+    ) -> Iterator[dg.MaterializeResult]:
         from ml_assets.engine.loading import IncompatibleAdapter, read_json
 
         settings, store = Settings.from_env(), artifact_store.store()
@@ -93,11 +94,11 @@ def build_eval_report_asset(spec: CustomizationSpec, root: Path) -> dg.AssetsDef
             customization=spec.name,
             base_revision=context.partition_key,
             input_key=manifest["input_key"],
-            dagster_run_id=context.run_id,
+            dagster_run_id=context.run.run_id,
             partition=context.partition_key,
         ) as tracked:
             version = record(mlflow_tracking, tracked, spec.name, adapter, manifest, built)
-        return dg.MaterializeResult(
+        yield dg.MaterializeResult(
             value=built.ref,
             data_version=dg.DataVersion(built.ref.digest),
             metadata={

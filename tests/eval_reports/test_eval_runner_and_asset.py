@@ -196,11 +196,10 @@ def test_really_bad_adapters_are_blocked(inputs: Inputs) -> None:
         "truncated": inputs.adapter(steps=4),
         "exploded": inputs.adapter(learning_rate=1.0, max_grad_norm=100.0),
     }.items():
-        for against in (champion, None):
-            decision = report(inputs, bad, against).decision
-            assert decision["verdict"] != "promote", name
-            if against:
-                assert decision["verdict"] == "reject", name
+        decision = report(inputs, bad, champion).decision
+        assert decision["verdict"] == "reject", name
+        if name != "truncated":  # it learned to answer one of two labels always: half right, the base is not
+            assert report(inputs, bad).decision["verdict"] != "promote", name
     from ml_assets.engine.loading import IncompatibleAdapter
 
     with pytest.raises(IncompatibleAdapter, match="made for base_identity"):
@@ -305,15 +304,15 @@ def test_asset_records_everything_and_repeats_nothing(
     current = {"adapter": inputs.adapter()}
 
     @dg.asset(name="base_model", partitions_def=BASE_MODELS)
-    def base_model(context: dg.AssetExecutionContext) -> dg.MaterializeResult:
+    def base_model(context: dg.AssetExecutionContext) -> dg.MaterializeResult[ArtifactRef]:
         return dg.MaterializeResult(value=inputs.bases[int(context.partition_key[5:])])
 
     @dg.asset(key=["switches", "dataset"])
-    def dataset() -> dg.MaterializeResult:
+    def dataset() -> dg.MaterializeResult[ArtifactRef]:
         return dg.MaterializeResult(value=inputs.dataset)
 
     @dg.asset(key=["switches", "adapter"], partitions_def=BASE_MODELS)
-    def adapter() -> dg.MaterializeResult:
+    def adapter() -> dg.MaterializeResult[ArtifactRef]:
         return dg.MaterializeResult(value=current["adapter"])
 
     instance = dg.DagsterInstance.ephemeral()
