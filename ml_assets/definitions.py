@@ -4,14 +4,14 @@ import warnings
 from pathlib import Path
 
 import dagster as dg
-from resources.gateway import GatewayResource
-from resources.ledger import LedgerResource
 
 from ml_assets.adapters.reproduce import build_reproduce_job
 from ml_assets.customization import Customization
 from ml_assets.mistakes import SpecError, check_files
 from resources.artifact_store import ArtifactRefIOManager, ArtifactStoreResource
 from resources.base_model_hub import BaseModelHub
+from resources.gateway import GatewayResource
+from resources.ledger import LedgerResource
 from resources.mlflow_tracking import MlflowTracking
 
 # Used on purpose, in every asset check of a base revision and every job: the notes would bury real warnings.

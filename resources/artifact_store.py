@@ -11,6 +11,12 @@ from pydantic import Field
 from ml_assets.artifacts import ArtifactRef, ArtifactStore, write_atomic
 from ml_assets.settings import Settings
 
+# The type of every output that is an artifact. An asset with checks must name it (`dagster_type=`): from
+# the annotation MaterializeResult, Dagster takes such an asset to have no value. Registered, so that inputs
+# annotated ArtifactRef have the same type.
+ARTIFACT_REF = dg.PythonObjectDagsterType(ArtifactRef, description="Kind and digest of an artifact.")
+dg.make_python_type_usable_as_dagster_type(ArtifactRef, ARTIFACT_REF)
+
 
 class ArtifactStoreResource(dg.ConfigurableResource):
     """The content-addressed artifact store of this deployment."""

@@ -13,7 +13,7 @@ from ml_assets.artifacts import ArtifactRef, read_json
 from ml_assets.base_models.partitions import BASE_MODELS
 from ml_assets.settings import Settings
 from ml_assets.spec import CustomizationSpec
-from resources.artifact_store import ArtifactStoreResource
+from resources.artifact_store import ARTIFACT_REF, ArtifactStoreResource
 from resources.mlflow_tracking import MlflowTracking, TrackedRun, git_commit
 
 PROGRESS_SECONDS = 10.0
@@ -43,6 +43,7 @@ def build_adapter_asset(spec: CustomizationSpec) -> dg.AssetsDefinition:
         tags={"customization": spec.name},
         code_version=CODE_VERSION,
         pool="device",
+        dagster_type=ARTIFACT_REF,
         check_specs=check_specs(key),
     )
     def adapter(

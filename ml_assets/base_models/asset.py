@@ -5,14 +5,13 @@ from pathlib import Path
 
 import dagster as dg
 
-from ml_assets.artifacts import ArtifactRef
 from ml_assets.base_models.build import KIND, BuiltBase, build_base
 from ml_assets.base_models.conversion import CONVERSION_VERSION
 from ml_assets.base_models.identity import BaseModelError
 from ml_assets.base_models.partitions import BASE_MODELS
 from ml_assets.base_models.sources import SourceUnavailable
 from ml_assets.spec import BaseFamily
-from resources.artifact_store import ArtifactStoreResource
+from resources.artifact_store import ARTIFACT_REF, ArtifactStoreResource
 from resources.base_model_hub import BaseModelHub
 
 CHECKS = {
@@ -34,9 +33,7 @@ def build_base_model_asset(families: Sequence[BaseFamily], root: Path) -> dg.Ass
     @dg.asset(
         name="base_model",
         partitions_def=BASE_MODELS,
-        dagster_type=dg.PythonObjectDagsterType(
-            ArtifactRef
-        ),  # with checks, the return annotation says nothing
+        dagster_type=ARTIFACT_REF,
         group_name="base_models",
         kinds={"transformers", "safetensors"},
         code_version=CONVERSION_VERSION,

@@ -1,6 +1,7 @@
 """Dagster runs from outside: launched through the UI's own API, so that they are queued, shown and limited
 like all others, and followed in the terminal."""
 
+import logging
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -154,7 +155,7 @@ def line_of(entry: EventLogEntry) -> str | None:
     step = (entry.step_key or "").split("__")[-1]
     event = entry.dagster_event
     if event is None:
-        message = entry.user_message.strip() if entry.level >= 20 else ""
+        message = entry.user_message.strip() if int(entry.level) >= logging.INFO else ""
         return f"{step}: {message}" if message else None
     if event.event_type == DagsterEventType.STEP_START:
         return f"{step}: started"

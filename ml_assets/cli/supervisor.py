@@ -1,8 +1,7 @@
 """Runs the programs of one deployment together: Dagster, MLflow and the gateway, with one log.
 
-`python -m ml_assets.cli.supervisor` is what `evergreen up` starts in the background. It holds a lock below
-EVERGREEN_HOME as long as it lives, writes what it started to `supervisor.json`, starts again what dies, and
-ends everything on SIGTERM.
+`python -m ml_assets.cli.supervisor` is what `evergreen up` starts in the background. It writes who it is and
+what it started to `supervisor.json` in EVERGREEN_HOME, starts again what dies, and ends all on SIGTERM.
 """
 
 import contextlib
@@ -26,7 +25,7 @@ from typing import Any
 
 import httpx
 import psutil
-from filelock import FileLock, Timeout
+from filelock import FileLock
 
 from ml_assets.artifacts import write_atomic
 from ml_assets.settings import Settings
@@ -43,6 +42,11 @@ START_SECONDS = 180.0
 LONGEST_PAUSE = 30.0
 LOG_BYTES = 50_000_000
 COLOR = re.compile(r"\x1b\[[0-9;]*m")
+LOCATION_ERROR = """
+{workspaceOrError{... on Workspace{locationEntries{
+  locationOrLoadError{... on PythonError{message errorChain{error{message}}}}
+}}}}
+"""
 DAEMON_HEALTH = "{instance{daemonHealth{allDaemonStatuses{daemonType required healthy}}}}"
 
 logger = logging.getLogger("supervisor")
@@ -77,18 +81,25 @@ def environment(settings: Settings) -> dict[str, str]:
         "DO_NOT_TRACK": "1",
         "GIT_PYTHON_REFRESH": "quiet",
         "PYTHONUNBUFFERED": "1",
+        # programs run in other directories, where a relative entry would lead nowhere
+        "PYTHONPATH": os.pathsep.join([str(ROOT), *_absolute(os.environ.get("PYTHONPATH", ""))]),
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]),
     }
 
 
+def _absolute(path: str) -> list[str]:
+    return [os.path.abspath(entry) for entry in path.split(os.pathsep) if entry]
+
+
 def initialize(settings: Settings) -> None:
     """Create the data directory with its Dagster instance and its MLflow store; harmless when they exist."""
+    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
     from resources.mlflow_tracking import ensure_store
 
     for directory in (settings.home, settings.dagster_home, settings.mlflow_artifacts, settings.logs):
         directory.mkdir(parents=True, exist_ok=True)
     write_atomic(settings.dagster_home / "dagster.yaml", (ROOT / "dagster.yaml").read_bytes())
-    ensure_store(settings.mlflow_uri)
+    ensure_store(settings.mlflow_uri, str(settings.mlflow_artifacts))
 
 
 def log_path(settings: Settings) -> Path:
@@ -108,15 +119,19 @@ def read_state(settings: Settings) -> dict[str, Any] | None:
 
 
 def is_running(settings: Settings) -> bool:
-    """Whether a supervisor holds the lock of this data directory."""
-    if not settings.home.exists():
-        return False
-    lock = FileLock(settings.home / "supervisor.lock")
-    try:
-        with lock.acquire(timeout=0):
-            return False
-    except Timeout:
-        return True
+    """Whether a supervisor runs for this data directory."""
+    from ml_assets.cli.launcher import is_alive
+
+    state = read_state(settings)
+    return state is not None and is_alive(state["supervisor"])
+
+
+@contextlib.contextmanager
+def _one_at_a_time(settings: Settings) -> Iterator[None]:
+    """So that two people who start or stop the same deployment do so one after the other."""
+    settings.home.mkdir(parents=True, exist_ok=True)
+    with FileLock(settings.home / "operation.lock"):
+        yield
 
 
 # -- programs ------------------------------------------------------------------------------------------
@@ -155,7 +170,7 @@ def programs(settings: Settings, socket_path: str) -> list[Program]:
         ),
         Program(
             "dagster-daemon",
-            (*python, "dagster._daemon", "run", "-w", str(workspace)),
+            (*python, "dagster._daemon", "run", "--log-level", "warning", "-w", str(workspace)),
             settings.dagster_home,
         ),
         Program(
@@ -371,48 +386,79 @@ def answers(settings: Settings, addresses: dict[str, str]) -> dict[str, bool]:
     return result
 
 
+def load_error(addresses: dict[str, str]) -> str | None:
+    """Why Dagster can't load this project's definitions; None when it can."""
+    response = httpx.post(
+        f"{addresses['dagster']}/graphql", json={"query": LOCATION_ERROR}, timeout=60, trust_env=False
+    )
+    for entry in response.json()["data"]["workspaceOrError"]["locationEntries"]:
+        error = entry["locationOrLoadError"]
+        if error:
+            chain = [error["message"], *(link["error"]["message"] for link in error["errorChain"])]
+            return chain[-1].strip()
+    return None
+
+
 def start(settings: Settings) -> bool:
     """Start everything in the background and wait until all answer. False when it was running already.
 
-    Raises OperationError when a port is taken or a program does not come up within 3 minutes.
+    Raises OperationError when a port is taken, a program does not come up within 3 minutes, or all runs but
+    the definitions of the project can't be loaded.
     """
-    already = is_running(settings)
-    if not already:
-        end_leftovers(settings)
-        state_path(settings).unlink(missing_ok=True)
-        check_ports(settings)
-        initialize(settings)
-        with log_path(settings).open("ab") as log:
-            process = subprocess.Popen(
-                [sys.executable, "-m", "ml_assets.cli.supervisor"],
-                cwd=ROOT,
-                env=environment(settings),
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-            )
+    with _one_at_a_time(settings):
+        process = None if is_running(settings) else _start_supervisor(settings)
     deadline = time.monotonic() + START_SECONDS
     while True:
         state = read_state(settings)
-        if is_running(settings) and state and "urls" in state:
-            missing = [name for name, up in answers(settings, state["urls"]).items() if not up]
-            if not missing:
-                return not already
-        else:
-            missing = ["supervisor"]
-        if not already and process.poll() not in (None, 0):  # type: ignore[possibly-unbound]
+        up = answers(settings, state["urls"]) if state else {"supervisor": False}
+        if state and all(up.values()):
+            if reason := load_error(state["urls"]):
+                raise OperationError(
+                    f"{state['urls']['dagster']} runs, but can't load the definitions: {reason}\n"
+                    "correct it, then press 'Reload' under Deployment in the UI, or run `make down up`"
+                )
+            return process is not None
+        if process is not None and process.poll() is not None:
             raise OperationError(f"the supervisor ended: see {log_path(settings)}")
         if time.monotonic() > deadline:
+            missing = ", ".join(name for name, well in up.items() if not well)
             raise OperationError(
-                f"no answer from {', '.join(missing)} within {START_SECONDS:.0f} s: "
+                f"no answer from {missing} within {START_SECONDS:.0f} s: "
                 f"see {log_path(settings)}; `make down` ends what was started"
             )
         time.sleep(0.5)
 
 
+def _start_supervisor(settings: Settings) -> subprocess.Popen[bytes]:
+    end_leftovers(settings)
+    state_path(settings).unlink(missing_ok=True)
+    check_ports(settings)
+    initialize(settings)
+    with log_path(settings).open("ab") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "ml_assets.cli.supervisor"],
+            cwd=ROOT,
+            env=environment(settings),
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+    deadline = time.monotonic() + START_SECONDS
+    while not is_running(settings) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return process
+
+
 def stop(settings: Settings) -> tuple[bool, int]:
     """End everything. Returns (whether something was running, how many runs were interrupted)."""
+    if read_state(settings) is None:
+        return False, 0
+    with _one_at_a_time(settings):
+        return _stop(settings)
+
+
+def _stop(settings: Settings) -> tuple[bool, int]:
     from ml_assets.cli.launcher import PID, is_alive, kill_group
 
     state = read_state(settings)
@@ -468,10 +514,10 @@ def main() -> None:
     for noisy in ("httpx", "alembic"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     try:
-        with FileLock(settings.home / "supervisor.lock").acquire(timeout=0):
-            _supervise(settings)
-    except Timeout:
-        logger.info("another supervisor is running")
+        _supervise(settings)
+    except Exception:
+        logger.exception("cannot go on")
+        raise
 
 
 def _supervise(settings: Settings) -> None:

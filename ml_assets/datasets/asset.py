@@ -16,7 +16,7 @@ from ml_assets.datasets.snapshot import CODE_VERSION, SnapshotError, load_manife
 from ml_assets.datasets.sources import SourceError, describe, read_source
 from ml_assets.settings import Settings
 from ml_assets.spec import CustomizationSpec
-from resources.artifact_store import ArtifactStoreResource
+from resources.artifact_store import ARTIFACT_REF, ArtifactStoreResource
 
 SAMPLE = 8
 """Rows of each side in the sample table."""
@@ -91,6 +91,7 @@ def build_dataset_asset(spec: CustomizationSpec, root: Path) -> dg.AssetsDefinit
 
     @dg.asset(
         key=key,
+        dagster_type=ARTIFACT_REF,
         deps=[source_key],
         description=(
             f"Snapshot of the rows of **{spec.name}**: personal data replaced, duplicates and contradictions "

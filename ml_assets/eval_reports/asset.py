@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from ml_assets.eval_reports.report import headline
 from ml_assets.eval_reports.runner import EvaluationError
 from ml_assets.settings import Settings
 from ml_assets.spec import CustomizationSpec
-from resources.artifact_store import ArtifactRefIOManager, ArtifactStoreResource
+from resources.artifact_store import ARTIFACT_REF, ArtifactRefIOManager, ArtifactStoreResource
 from resources.mlflow_tracking import MlflowTracking, TrackedRun, VersionInfo
 
 CHAMPION, CHALLENGER = "champion", "challenger"
@@ -30,6 +31,7 @@ def build_eval_report_asset(spec: CustomizationSpec, root: Path) -> dg.AssetsDef
 
     @dg.asset(
         key=key,
+        dagster_type=ARTIFACT_REF,
         ins={
             "adapter": dg.AssetIn(key=dg.AssetKey([spec.name, "adapter"])),
             "dataset": dg.AssetIn(key=dg.AssetKey([spec.name, "dataset"])),
@@ -53,11 +55,11 @@ def build_eval_report_asset(spec: CustomizationSpec, root: Path) -> dg.AssetsDef
         context: dg.AssetExecutionContext,
         artifact_store: ArtifactStoreResource,
         mlflow_tracking: MlflowTracking,
-        io_manager: ArtifactRefIOManager,
+        io_manager: dg.ResourceParam[ArtifactRefIOManager],
         adapter: ArtifactRef,
         dataset: ArtifactRef,
         base_model: ArtifactRef,
-    ) -> dg.MaterializeResult:
+    ) -> Iterator[dg.MaterializeResult]:
         from ml_assets.engine.loading import IncompatibleAdapter, read_json
 
         settings, store = Settings.from_env(), artifact_store.store()
@@ -92,11 +94,11 @@ def build_eval_report_asset(spec: CustomizationSpec, root: Path) -> dg.AssetsDef
             customization=spec.name,
             base_revision=context.partition_key,
             input_key=manifest["input_key"],
-            dagster_run_id=context.run_id,
+            dagster_run_id=context.run.run_id,
             partition=context.partition_key,
         ) as tracked:
             version = record(mlflow_tracking, tracked, spec.name, adapter, manifest, built)
-        return dg.MaterializeResult(
+        yield dg.MaterializeResult(
             value=built.ref,
             data_version=dg.DataVersion(built.ref.digest),
             metadata={

@@ -317,7 +317,6 @@ def render_html(summary: Mapping[str, Any], lines: Sequence[Row]) -> str:
         span=lambda v, digits=3: "" if v is None else f"{v['lower']:,.{digits}f} to {v['upper']:,.{digits}f}",
         money=lambda v: "–" if v is None else f"{v['mean']:,.2f}",
         percent=lambda v: f"{100 * v:.1f} %",
-        points=lambda v: f"{100 * v:+.1f}",
         cut=_cut,
     )
     decision = summary["decision"]

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from ml_assets.artifacts import ArtifactStore, canonical_json, sha256_bytes
+from ml_assets.datasets.snapshot import normalize
 from ml_assets.eval_reports.metrics import MetricError, metric_name, right_from, row_scores
 from ml_assets.eval_reports.value import is_refused
 from ml_assets.spec import EvaluationSpec, PromptSpec
@@ -87,7 +88,8 @@ def load_must_pass(path: Path, columns: Sequence[str]) -> list[Row]:
             raise EvaluationError(
                 f"{path}, line {number}: column {missing[0]!r} is missing, has {sorted(row)}"
             )
-        key = sha256_bytes(canonical_json({column: str(row[column]) for column in columns}))
+        row = {column: normalize(value) for column, value in row.items()}  # as in a dataset
+        key = sha256_bytes(canonical_json({column: row[column] for column in columns}))
         rows[key] = {**row, "_row": key}
     if not rows:
         raise EvaluationError(f"{path}: expected at least one must-pass row, found none")

@@ -72,13 +72,13 @@ def test_a_port_that_is_no_port_names_its_variable(monkeypatch, capsys):
     assert "EVERGREEN_DAGSTER_PORT='http': expected a port number" in capsys.readouterr().err
 
 
-def test_up_with_a_taken_port_creates_nothing(monkeypatch, capsys, home):
+def test_up_with_a_taken_port_starts_nothing(monkeypatch, capsys, home):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         monkeypatch.setenv("EVERGREEN_DAGSTER_PORT", str(port))
         assert main(["up"]) == 1
     assert f"port {port} is in use" in capsys.readouterr().err
-    assert not home.exists()
+    assert [path.name for path in home.iterdir()] == ["operation.lock"]
 
 
 def test_status_and_down_of_nothing(capsys, home):
