@@ -45,6 +45,8 @@ ADAPTER_FOLDER = "adapter"
 FORMATS = frozenset(
     {".safetensors", ".json", ".jsonl", ".html", ".md", ".txt", ".csv", ".parquet", ".png", ".svg", ".jinja"}
 )
+# shows the pages for model training; the default of MLflow's UI are those for chat applications
+PAGES = "?workflowType=machine_learning"
 LOCK_SECONDS = 300  # a fresh store takes about 10 s to migrate, more on a busy machine
 
 
@@ -216,6 +218,10 @@ class TrackedRun:
                 lambda client: client.log_artifact(self.run_id, str(file), None if folder == "." else folder)
             )
 
+    def artifact_url(self, name: str) -> str:
+        """The page that shows one artifact in the MLflow UI."""
+        return f"{self.url.removesuffix(PAGES)}/artifacts/{quote(name)}{PAGES}"
+
     def log_text(self, text: str, name: str) -> None:
         self.log_bytes(text.encode(), name)
 
@@ -370,7 +376,7 @@ class MlflowTracking(dg.ConfigurableResource):
         return self._run_url(self.retry(lambda client: client.get_run(run_id)))
 
     def _run_url(self, run: "Run") -> str:
-        return f"{self.ui_url}/#/experiments/{run.info.experiment_id}/runs/{run.info.run_id}"
+        return f"{self.ui_url}/#/experiments/{run.info.experiment_id}/runs/{run.info.run_id}{PAGES}"
 
     # -- registry --------------------------------------------------------------------------------------
 
@@ -447,7 +453,7 @@ class MlflowTracking(dg.ConfigurableResource):
 
     def version_url(self, version: VersionInfo) -> str:
         """The page of a version in the MLflow UI."""
-        return f"{self.ui_url}/#/models/{quote(version.customization)}/versions/{version.version}"
+        return f"{self.ui_url}/#/models/{quote(version.customization)}/versions/{version.version}{PAGES}"
 
     # -- connection ------------------------------------------------------------------------------------
 
@@ -486,7 +492,8 @@ class MlflowTracking(dg.ConfigurableResource):
                 if found is None:
                     server = self.tracking_uri.startswith("http")
                     location = None if server else f"{self.artifact_location.rstrip('/')}/{self.experiment}"
-                    self._experiment_id = client.create_experiment(self.experiment, location)
+                    kind = {"mlflow.experimentKind": "custom_model_development"}
+                    self._experiment_id = client.create_experiment(self.experiment, location, tags=kind)
                 elif found.lifecycle_stage != "active":
                     raise ValueError(f"MLflow experiment {self.experiment!r} is deleted: restore it")
                 else:

@@ -61,6 +61,8 @@ NUMBERS: dict[str, Sequence[float]] = {
     "timer_minutes": [1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 15, 18, 20, 25, 30, 35, 40, 45, 50, 60, 75, 90],
     "timer_hours": [1, 2, 3, 4, 5, 6, 8, 10, 12],
 }
+# "2 hours and 75 minutes" is nobody's way to say it
+CARRIES = (("minutes", "hours"), ("seconds", "minutes"), ("seconds", "hours"))
 TRIES = 400
 
 
@@ -223,7 +225,9 @@ class _Grammar:
                 continue
             seen.add(text.casefold())
             failures = 0
-            if chance.random() < 0.12 and not re.search(self.words["question"], text):
+            # next to a slot, "please" could be a part of it
+            ends = any(text.startswith(str(value)) or text.endswith(str(value)) for value in slots.values())
+            if chance.random() < 0.15 and not ends and not re.search(self.words["question"], text):
                 text = chance.choice(self.words["courtesy"]).format(text)
             yield {
                 "utterance": text,
@@ -254,7 +258,10 @@ class _Grammar:
         text = self._polish(text)
         if not literal.strip() or any(p.search(shape) or p.search(text) for p in self.rejects):
             raise Unspoken
-        return text, {slot.name: slot.value for slot in slots}
+        values = {slot.name: slot.value for slot in slots}
+        if any(small in values and big in values and values[small] > 59 for small, big in CARRIES):
+            raise Unspoken
+        return text, values
 
     def _parse(self, text: str) -> Expression:
         if text not in self._parsed:
@@ -383,7 +390,7 @@ class _Grammar:
             return {"m": "vom", "n": "vom", "p": "von"}[gender]
         words = before.split()
         previous = words[-1] if words else ""
-        if previous in ("der", "die", "das", "des", "dem", "den"):
+        if previous in ("der", "die", "das", "des", "dem", "den", "vom", "zum", "im", "am", "beim"):
             raise Unspoken
         if any(word in self.words["nominative"] for word in words):
             return {"f": "die", "m": "der", "n": "das", "p": "die"}[gender]

@@ -42,6 +42,11 @@ START_SECONDS = 180.0
 LONGEST_PAUSE = 30.0
 LOG_BYTES = 50_000_000
 COLOR = re.compile(r"\x1b\[[0-9;]*m")
+LOCATION_ERROR = """
+{workspaceOrError{... on Workspace{locationEntries{
+  locationOrLoadError{... on PythonError{message errorChain{error{message}}}}
+}}}}
+"""
 DAEMON_HEALTH = "{instance{daemonHealth{allDaemonStatuses{daemonType required healthy}}}}"
 
 logger = logging.getLogger("supervisor")
@@ -76,12 +81,19 @@ def environment(settings: Settings) -> dict[str, str]:
         "DO_NOT_TRACK": "1",
         "GIT_PYTHON_REFRESH": "quiet",
         "PYTHONUNBUFFERED": "1",
+        # programs run in other directories, where a relative entry would lead nowhere
+        "PYTHONPATH": os.pathsep.join([str(ROOT), *_absolute(os.environ.get("PYTHONPATH", ""))]),
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]),
     }
 
 
+def _absolute(path: str) -> list[str]:
+    return [os.path.abspath(entry) for entry in path.split(os.pathsep) if entry]
+
+
 def initialize(settings: Settings) -> None:
     """Create the data directory with its Dagster instance and its MLflow store; harmless when they exist."""
+    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
     from resources.mlflow_tracking import ensure_store
 
     for directory in (settings.home, settings.dagster_home, settings.mlflow_artifacts, settings.logs):
@@ -158,7 +170,7 @@ def programs(settings: Settings, socket_path: str) -> list[Program]:
         ),
         Program(
             "dagster-daemon",
-            (*python, *["dagster._daemon", "run", "--log-level", "warning", "-w"], str(workspace)),
+            (*python, "dagster._daemon", "run", "--log-level", "warning", "-w", str(workspace)),
             settings.dagster_home,
         ),
         Program(
@@ -374,10 +386,24 @@ def answers(settings: Settings, addresses: dict[str, str]) -> dict[str, bool]:
     return result
 
 
+def load_error(addresses: dict[str, str]) -> str | None:
+    """Why Dagster can't load this project's definitions; None when it can."""
+    response = httpx.post(
+        f"{addresses['dagster']}/graphql", json={"query": LOCATION_ERROR}, timeout=60, trust_env=False
+    )
+    for entry in response.json()["data"]["workspaceOrError"]["locationEntries"]:
+        error = entry["locationOrLoadError"]
+        if error:
+            chain = [error["message"], *(link["error"]["message"] for link in error["errorChain"])]
+            return chain[-1].strip()
+    return None
+
+
 def start(settings: Settings) -> bool:
     """Start everything in the background and wait until all answer. False when it was running already.
 
-    Raises OperationError when a port is taken or a program does not come up within 3 minutes.
+    Raises OperationError when a port is taken, a program does not come up within 3 minutes, or all runs but
+    the definitions of the project can't be loaded.
     """
     with _one_at_a_time(settings):
         process = None if is_running(settings) else _start_supervisor(settings)
@@ -385,7 +411,12 @@ def start(settings: Settings) -> bool:
     while True:
         state = read_state(settings)
         up = answers(settings, state["urls"]) if state else {"supervisor": False}
-        if all(up.values()):
+        if state and all(up.values()):
+            if reason := load_error(state["urls"]):
+                raise OperationError(
+                    f"{state['urls']['dagster']} runs, but can't load the definitions: {reason}\n"
+                    "correct it, then press 'Reload' under Deployment in the UI, or run `make down up`"
+                )
             return process is not None
         if process is not None and process.poll() is not None:
             raise OperationError(f"the supervisor ended: see {log_path(settings)}")

@@ -7,6 +7,7 @@ changed word in a short command (which is another command) does not.
 import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
+from zlib import crc32
 
 SHINGLE = 5
 
@@ -35,12 +36,14 @@ class NearIndex:
 
     Prefix filter with a length filter (Bayardo, Ma, Srikant: Scaling up all pairs similarity search, WWW
     2007): with shingles ordered from rare to frequent, two sets can only be `threshold` similar if they share
-    one of their first n - ceil(threshold n) + 1 shingles. `everything` gives the frequencies.
+    one of their first n - ceil(threshold n) + 1 shingles. `everything` holds all sets in question.
     """
 
     def __init__(self, threshold: float, everything: Iterable[Shingles]) -> None:
         self.threshold = threshold
-        self.frequency = Counter(shingle for item in everything for shingle in item)
+        frequency = Counter(shingle for item in everything for shingle in item)
+        ordered = sorted(frequency, key=lambda shingle: (frequency[shingle], shingle))
+        self.rank = {shingle: number for number, shingle in enumerate(ordered)}
         self.items: list[Shingles] = []
         self.keys: list[str] = []
         self.index: dict[tuple[str, str], list[int]] = defaultdict(list)
@@ -57,18 +60,16 @@ class NearIndex:
         candidates: set[int] = set()
         for shingle in self._prefix(item):
             candidates.update(self.index.get((group, shingle), ()))
+        low, high = self.threshold * len(item), len(item) / self.threshold
         for number in sorted(candidates):
             other = self.items[number]
-            if (
-                min(len(item), len(other)) >= self.threshold * max(len(item), len(other))
-                and jaccard(item, other) >= self.threshold
-            ):
+            if low <= len(other) <= high and jaccard(item, other) >= self.threshold:
                 return self.keys[number]
         return None
 
     def _prefix(self, item: Shingles) -> list[str]:
         length = len(item) - math.ceil(self.threshold * len(item) - 1e-9) + 1
-        return sorted(item, key=lambda shingle: (self.frequency[shingle], shingle))[:length]
+        return sorted(item, key=self.rank.__getitem__)[:length]
 
 
 def count_leaks(train: Sequence[str], evaluation: Sequence[str], threshold: float) -> int:
@@ -84,11 +85,13 @@ def count_leaks(train: Sequence[str], evaluation: Sequence[str], threshold: floa
     held_out = [shingles(text) for text in evaluation]
     encoded = ([shingle.encode() for shingle in item] for item in held_out)
     with index.insertion_session() as session:
-        for number, signature in enumerate(MinHash.generator(encoded, num_perm=64)):
+        for number, signature in enumerate(MinHash.generator(encoded, num_perm=64, hashfunc=crc32)):
             session.insert(str(number), signature)
     trained = [shingles(text) for text in train]
     encoded = ([shingle.encode() for shingle in item] for item in trained)
     return sum(
         any(jaccard(item, held_out[int(str(number))]) >= threshold for number in index.query(signature))
-        for item, signature in zip(trained, MinHash.generator(encoded, num_perm=64), strict=True)
+        for item, signature in zip(
+            trained, MinHash.generator(encoded, num_perm=64, hashfunc=crc32), strict=True
+        )
     )

@@ -54,7 +54,7 @@ def build_endpoint_asset(spec: CustomizationSpec) -> dg.AssetsDefinition:
     def endpoint(
         context: dg.AssetExecutionContext,
         artifact_store: ArtifactStoreResource,
-        io_manager: ArtifactRefIOManager,
+        io_manager: dg.ResourceParam[ArtifactRefIOManager],
         mlflow_tracking: MlflowTracking,
         ledger: LedgerResource,
         gateway: GatewayResource,
@@ -69,16 +69,16 @@ def build_endpoint_asset(spec: CustomizationSpec) -> dg.AssetsDefinition:
                 mlflow_tracking.set_alias(spec.name, CHAMPION, version)
 
         def still_wanted() -> None:
-            run = context.instance.get_run_by_id(context.run_id)
+            run = context.instance.get_run_by_id(context.run.run_id)
             if run is not None and run.is_finished:
-                raise Fenced(f"run {context.run_id} was ended meanwhile ({run.status.value})")
+                raise Fenced(f"run {context.run.run_id} was ended meanwhile ({run.status.value})")
 
         with ledger.opened() as book:
             try:
                 with gateway.client() as client:
                     champion = mlflow_tracking.get_alias(spec.name, CHAMPION)
                     current = follow_ledger(
-                        spec.name, champion and champion.version, context.run_id, book, move_alias
+                        spec.name, champion and champion.version, context.run.run_id, book, move_alias
                     )
                     challenger = mlflow_tracking.get_alias(spec.name, CHALLENGER)
                     if challenger and (not current or challenger.adapter_digest != current.adapter_digest):
@@ -94,7 +94,7 @@ def build_endpoint_asset(spec: CustomizationSpec) -> dg.AssetsDefinition:
                             mlflow_version=challenger.version,
                             max_new_tokens=spec.endpoint.max_new_tokens,
                             max_prompt_tokens=spec.endpoint.max_prompt_tokens,
-                            run_id=context.run_id,
+                            run_id=context.run.run_id,
                             actor=actor(context.run.tags),
                             reason=f"promoted by eval report {report[:12]}",
                         )

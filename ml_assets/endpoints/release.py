@@ -182,6 +182,7 @@ def _go_back(
         tx.record(back)
     now = f"{_name(previous)} serves again" if previous else "nothing serves"
     try:
+        gateway.discard(failed.customization)
         if previous:
             gateway.stage(previous)
         gateway.activate(failed.customization, previous.adapter_digest if previous else None)

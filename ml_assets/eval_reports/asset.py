@@ -55,7 +55,7 @@ def build_eval_report_asset(spec: CustomizationSpec, root: Path) -> dg.AssetsDef
         context: dg.AssetExecutionContext,
         artifact_store: ArtifactStoreResource,
         mlflow_tracking: MlflowTracking,
-        io_manager: dg.ResourceParam[Any],
+        io_manager: dg.ResourceParam[ArtifactRefIOManager],
         adapter: ArtifactRef,
         dataset: ArtifactRef,
         base_model: ArtifactRef,

@@ -236,6 +236,10 @@ class Server:
 
     def start(self) -> None:
         """Start and wait until it has loaded what it serves."""
+        process = self.launch()
+        wait_until_ready(self.url, lambda: process.poll() is None or self.log.read_text())
+
+    def launch(self) -> subprocess.Popen[bytes]:
         env = os.environ | {
             "EVERGREEN_HOME": str(self.world.home),
             "EVERGREEN_GATEWAY_PORT": str(self.port),
@@ -245,8 +249,7 @@ class Server:
         command = [sys.executable, "-m", "ml_assets.endpoints.gateway"]
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(command, env=env, stdout=log, stderr=log, cwd=self.world.home)
-        process = self.process
-        wait_until_ready(self.url, lambda: process.poll() is None or self.log.read_text())
+        return self.process
 
     def kill(self) -> None:
         """SIGKILL."""

@@ -115,8 +115,10 @@ def test_a_run_records_what_it_is_given(tracking, tmp_path):
     assert (files / "rows.jsonl").read_bytes() == b'{"a": 1}\n'
     assert (files / "adapter/adapter_model.safetensors").read_bytes() == b"weights"
     assert os.environ["EVERGREEN_HOME"] in str(files)
+    report = run.artifact_url("report/my report.html")
+    assert f"/runs/{run.run_id}/artifacts/report/my%20report.html?" in report
     assert run.url == tracking.run_url(run.run_id)
-    assert run.url.startswith("http://mlflow:5000/#/experiments/") and run.url.endswith(f"/runs/{run.run_id}")
+    assert run.url.startswith("http://mlflow:5000/#/experiments/") and f"/runs/{run.run_id}?" in run.url
 
 
 def test_no_global_state_and_no_telemetry(tracking):
@@ -278,7 +280,9 @@ def test_an_adapter_is_one_version(tracking, tmp_path):
     tagged = tracking.tag_version(again, {"verdict": "reject", "report_digest": "99"})
     assert tagged == tracking.find_version("orders", DIGEST)
     assert tagged.tags["verdict"] == "reject"
-    assert tracking.version_url(tagged) == "http://mlflow:5000/#/models/orders/versions/1"
+    assert tracking.version_url(tagged) == (
+        "http://mlflow:5000/#/models/orders/versions/1?workflowType=machine_learning"
+    )
     assert tracking.register_adapter("invoices", run.run_id, DIGEST).version == "1"
 
 
