@@ -131,6 +131,11 @@ def decide(
 
     must_pass = _must_pass(candidate_rows, rejections)
     difference = _difference(pairs, spec, threshold) if pairs else None
+    needs = None
+    if difference is None:
+        doubts.append("candidate and reference have no evaluated row in common")
+    else:
+        needs = _judge(difference, against, arm, spec, threshold, rejections, doubts)
     flips = _flips(pairs, spec, rejections, doubts, notes) if pairs else []
     value = _value(pairs, spec, arm, rejections) if pairs else None
     if forgetting is not None and not forgetting <= gate.max_forgetting:  # NaN is too much, too
@@ -138,17 +143,11 @@ def decide(
             f"forgetting: the negative log-likelihood of neutral text rises by {forgetting:.3f} nats per "
             f"token, allowed are {gate.max_forgetting:g}"
         )
-    needs = None
-    if difference is None:
-        doubts.insert(0, "candidate and reference have no evaluated row in common")
-    else:
-        needs = _judge(difference, against, arm, spec, threshold, rejections, doubts)
-        for part in flips:
-            if part.status == "perhaps above":
-                more = _rows_for_share(part.share, gate.max_negative_flips, gate.alpha, gate.power)
-                if more is not None:
-                    scaled = math.ceil(more * difference.rows / part.rows)
-                    needs = max(needs or 0, scaled)
+    for part in flips:
+        if difference is not None and part.status == "perhaps above":
+            more = _rows_for_share(part.share, gate.max_negative_flips, gate.alpha, gate.power)
+            if more is not None:
+                needs = max(needs or 0, math.ceil(more * difference.rows / part.rows))
 
     verdict: Verdict = "reject" if rejections else "undecided" if doubts else "promote"
     claim: Literal["better", "as good as"] | None = None

@@ -67,6 +67,7 @@ def test_good_adapters_pass(seed: int) -> None:
     assert (against_base.verdict, against_base.claim) == ("promote", "better")
 
 
+@pytest.mark.slow
 def test_a_segment_that_dies_behind_a_better_mean_is_caught() -> None:
     """20 points lost in a segment of 60 of 1,200 rows, gains elsewhere: caught in 95 % of the evaluations."""
     evaluation = specification()
@@ -89,6 +90,7 @@ def test_a_segment_that_dies_behind_a_better_mean_is_caught() -> None:
     assert caught / 40 >= 0.95
 
 
+@pytest.mark.slow
 def test_undecided_says_how_many_rows_and_they_suffice() -> None:
     """The rows asked for give the power: planned from a small evaluation, kept on a new one of that size."""
     evaluation = specification(gate={"margin": 0.04, "max_negative_flips": 1.0}, segments=[])
@@ -250,7 +252,7 @@ def test_better_arm() -> None:
     assert better_arm({"few_shot": arms["few_shot"], "zero_shot": arms["few_shot"]}, evaluation) == "few_shot"
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(
     data=st.lists(
         st.tuples(st.booleans(), st.booleans(), st.sampled_from("ab"), st.booleans()), min_size=1, max_size=40

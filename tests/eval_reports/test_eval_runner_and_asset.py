@@ -186,6 +186,7 @@ def test_retrained_adapter_does_not_repeat_the_base_arms(
     assert set(built.summary["arms"]) == {"zero_shot", "few_shot", "adapter", "champion"}
 
 
+@pytest.mark.slow
 def test_really_bad_adapters_are_blocked(inputs: Inputs) -> None:
     """Trained for real: on flipped labels, hardly at all, with another prompt; one made for another base is
     refused."""
