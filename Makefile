@@ -45,10 +45,11 @@ lock:  ## pin the newest versions that pyproject.toml allows, from a fresh envir
 		build/lock/bin/python -c 'import functools, sys, tomllib; \
 			print(*functools.reduce(dict.get, sys.argv[1].split("."), tomllib.load(open("pyproject.toml", "rb"))), sep="\n")' \
 			$$group > build/lock/$$group.txt || exit 1; done
+	build/lock/bin/pip install -qq --upgrade pip
 	build/lock/bin/pip install -qq -r build/lock/project.dependencies.txt
-	build/lock/bin/pip freeze | sed 's/+cpu$$//' | grep -viE '^(nvidia|cuda|triton)' > requirements.lock
+	build/lock/bin/pip freeze --all | sed 's/+cpu$$//' | grep -viE '^(nvidia|cuda|triton)' > requirements.lock
 	build/lock/bin/pip install -qq -r build/lock/dependency-groups.dev.txt -c requirements.lock
-	build/lock/bin/pip freeze | sed 's/+cpu$$//' | grep -viE '^(nvidia|cuda|triton)' | \
+	build/lock/bin/pip freeze --all | sed 's/+cpu$$//' | grep -viE '^(nvidia|cuda|triton)' | \
 		grep -vxFf requirements.lock > requirements-dev.lock
 	rm -rf build/lock
 
@@ -66,9 +67,9 @@ status: setup  ## say what runs and answers
 
 .PHONY: test test-fast test-slow
 test: test-fast test-slow  ## all tests; more options for pytest in PYTEST_ARGS
-test-fast: setup
+test-fast: setup  ## those that take seconds
 	$(BIN)/pytest -m 'not slow' -n $(CPU_COUNT) $(PYTEST_ARGS)
-test-slow: setup
+test-slow: setup  ## those with the real base model, a browser or server processes
 	$(BIN)/pytest -m slow $(PYTEST_ARGS)
 
 .PHONY: lint

@@ -177,8 +177,11 @@ class _Builder:
         return self.spec.prompt.target.format_map(row)
 
     def row_hash(self, row: Mapping[str, str]) -> str:
-        """Identity of a row: what the model sees and answers. Segments and clusters are notes about it."""
-        return sha256_bytes(canonical_json({column: row[column] for column in self.template_columns}))
+        """Identity of a row: what the model sees and answers, and its group. Segments and clusters are notes
+        about it."""
+        group = self.spec.dataset.group_by
+        columns = [*self.template_columns, *([group] if group else [])]
+        return sha256_bytes(canonical_json({column: row[column] for column in columns}))
 
     def split_key(self, row: Mapping[str, str]) -> str:
         """Its group, or its input: a row whose label is corrected stays on its side."""

@@ -175,7 +175,7 @@ def _resolve(source: FileSource, root: Path) -> tuple[fsspec.AbstractFileSystem,
         filesystem, path = fsspec.core.url_to_fs(url)
     except (ImportError, ValueError) as error:
         raise SourceError(f"{source.path}: expected a path or an fsspec URL: {error}") from error
-    if glob.has_magic(path):
+    if glob.has_magic(path) and not filesystem.exists(path):
         paths = sorted(str(found) for found in filesystem.glob(path) if not filesystem.isdir(found))
     elif filesystem.isdir(path):
         raise SourceError(f"{source.path} is a folder, expected files such as {source.path}/*.{source.kind}")

@@ -12,7 +12,6 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 import numpy as np
-from scipy import stats
 
 from ml_assets.eval_reports.metrics import metric_name
 from ml_assets.eval_reports.statistics import (
@@ -235,6 +234,8 @@ def _clusters(pairs: Sequence[tuple[Row, Row]]) -> list[str] | None:
 def _difference(pairs: Sequence[tuple[Row, Row]], spec: EvaluationSpec, threshold: float) -> Difference:
     """Bounds of the difference, such that `lower > threshold` has a probability of at most alpha when
     the true difference is `threshold`, and `upper < threshold` likewise."""
+    from scipy import stats
+
     metric = metric_name(spec.resolved_metrics()[0])
     try:
         new, old = (np.array([pair[i]["scores"][metric] for pair in pairs], dtype=float) for i in (0, 1))
@@ -395,6 +396,8 @@ def _flips(
 
 def _rows_for_share(share: float, budget: float, alpha: float, power: float) -> int | None:
     """Rows at which a true share of flips above the budget would be shown to be above it."""
+    from scipy import stats
+
     if share <= budget:
         return None
     spread = stats.norm.isf(alpha) * math.sqrt(budget * (1 - budget))

@@ -24,7 +24,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy import special, stats
 
 Floats = NDArray[np.float64]
 MAX_ROWS = 1_000_000
@@ -84,6 +83,8 @@ def _claim_probability(
     thresholds: NDArray[np.int64], n: int, gain_rate: ArrayLike, loss_rate: ArrayLike
 ) -> Floats:
     """Exact P(gains >= thresholds[losses]) under each trinomial (gain_rate, loss_rate)."""
+    from scipy import special, stats
+
     result = []
     for gain, loss in zip(np.atleast_1d(gain_rate), np.atleast_1d(loss_rate), strict=True):
         spread = 8 * math.sqrt(n * loss * (1 - loss)) + 12
@@ -130,6 +131,8 @@ def exact_size(n: int, difference: float, critical: float) -> float:
 @lru_cache(maxsize=4096)
 def critical_value(n: int, difference: float, alpha: float) -> float:
     """The smallest value (to 0.002) of Tango's statistic at which its exact size is at most `alpha`."""
+    from scipy import stats
+
     normal = float(stats.norm.isf(alpha))
     low, high = normal - 0.4, normal + 0.2
     while exact_size(n, difference, high) > alpha:
@@ -154,6 +157,8 @@ def rows_needed(
 
     A negative margin asks for a gain. None when no number of rows up to a million does.
     """
+    from scipy import stats
+
     if difference <= -margin:
         return None
     discordance = min(max(discordance, abs(difference)), 1.0)
@@ -220,6 +225,8 @@ def mean_bounds(
 
     (low, high) without values. Right/wrong values without clusters take the closed form.
     """
+    from scipy import stats
+
     data = np.asarray(values, dtype=float)
     if not data.size:
         return low, high

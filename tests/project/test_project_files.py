@@ -14,6 +14,8 @@ from dagster_cloud_cli.config.models import load_dagster_cloud_yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from ml_assets.spec import BaseModelsSpec, CustomizationSpec
+
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 LOCKS = ("requirements.lock", "requirements-dev.lock")
@@ -118,3 +120,20 @@ def test_setup_says_what_is_missing(tmp_path):
 def test_the_ci_script_is_a_program():
     assert (ROOT / ".ci" / "run").stat().st_mode & 0o111
     subprocess.run(["bash", "-n", ROOT / ".ci" / "run"], check=True)
+
+
+def test_the_files_in_the_readme_are_what_a_defs_yaml_may_say():
+    blocks = re.findall(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    documents = [yaml.safe_load(block) for block in blocks]
+    specs = {"ml_assets.Customization": CustomizationSpec, "ml_assets.BaseModels": BaseModelsSpec}
+    assert {document["type"] for document in documents} == set(specs)
+    for document in documents:
+        specs[document["type"]].model_validate(document["attributes"])
+    customization = next(block for block in blocks if "Customization" in block)
+    assert len(customization.splitlines()) < 20
+
+
+def test_links_in_the_documents_lead_somewhere():
+    for document in [ROOT / "README.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").glob("*.md")]:
+        for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", document.read_text()):
+            assert (document.parent / target).exists(), f"{document.name}: {target}"
