@@ -400,6 +400,27 @@ def _wait(condition: Any, what: str, seconds: float = 20) -> None:
         time.sleep(0.002)
 
 
+def test_a_busy_customization_does_not_starve_another(served: Served) -> None:
+    made = served.world.adapter("busy", 21)
+    assert served.stage(made, max_new_tokens=CONTEXT).status_code == 200
+    served.world.record(made)
+    served.activate(made)
+    engine = served.app.state.engine
+    finished: list[str] = []
+
+    def ask(model: str) -> None:
+        assert served.chat(model=model, stop="\u2063").status_code == 200
+        finished.append(model)
+
+    with ThreadPoolExecutor(3) as pool:
+        long = [pool.submit(ask, "busy") for _ in range(2)]
+        _wait(lambda: engine._live, "the long answers to start")
+        pool.submit(ask, "news").result()
+        for future in long:
+            future.result()
+    assert finished[0] == "news"
+
+
 # -- health and metrics --------------------------------------------------------------------------------
 
 
