@@ -315,36 +315,41 @@ def test_aliases_move(tracking):
 # -- many processes ------------------------------------------------------------------------------------
 
 COLD = """
-import sys, time
+import os, sys
+import mlflow.store.tracking.sqlalchemy_store  # once, before the forks: all sixteen start at the same moment
 from resources.mlflow_tracking import MlflowTracking
-number = int(sys.argv[1])
-tracking = MlflowTracking()
-with tracking.run(customization="orders", base_revision="b", input_key=f"key{number // 2}") as run:
-    for step in range(3):
-        run.log_metrics(step, {f"loss{number}": step})
-        run.flush()
-version = tracking.register_adapter("orders", run.run_id, "same digest")
-tracking.set_alias("orders", "challenger", version.version)
-print(run.run_id, version.version)
+
+def work(number):
+    tracking = MlflowTracking()
+    with tracking.run(customization="orders", base_revision="b", input_key=f"key{number // 2}") as run:
+        for step in range(3):
+            run.log_metrics(step, {f"loss{number}": step})
+            run.flush()
+    version = tracking.register_adapter("orders", run.run_id, "same digest")
+    tracking.set_alias("orders", "challenger", version.version)
+    os.write(1, f"{number} {run.run_id} {version.version}\\n".encode())
+
+children = []
+for number in range(16):
+    if (pid := os.fork()) == 0:
+        try:
+            work(number)
+        except BaseException as error:
+            os.write(2, f"{number}: {error!r}\\n".encode())
+            os._exit(1)
+        os._exit(0)
+    children.append(pid)
+sys.exit(sum(os.waitpid(pid, 0)[1] != 0 for pid in children))
 """
 
 
-@pytest.mark.slow  # imports MLflow sixteen times
 def test_sixteen_processes_open_a_fresh_store_together(evergreen_home):
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", COLD, str(number)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for number in range(16)
-    ]
-    outputs = [process.communicate() for process in processes]
-    assert [p.returncode for p in processes] == [0] * 16, "\n".join(err[-2000:] for _, err in outputs)
-    runs = [output.split()[0] for output, _ in outputs]
+    done = subprocess.run([sys.executable, "-c", COLD], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-5000:]
+    lines = sorted((line.split() for line in done.stdout.splitlines()), key=lambda line: int(line[0]))
+    runs = [run for _, run, _ in lines]
     assert runs[::2] == runs[1::2] and len(set(runs)) == 8
-    assert {output.split()[1] for output, _ in outputs} == {"1"}
+    assert {version for _, _, version in lines} == {"1"}
     tracking = MlflowTracking()
     stored = all_runs(tracking)
     assert sorted(run.info.run_id for run in stored) == sorted(set(runs))
