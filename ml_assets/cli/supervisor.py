@@ -38,6 +38,7 @@ PORTS = {
     "gateway": "EVERGREEN_GATEWAY_PORT",
 }
 STOP_SECONDS = 10.0
+REQUEUE_SECONDS = 10.0
 START_SECONDS = 180.0
 LONGEST_PAUSE = 30.0
 LOG_BYTES = 50_000_000
@@ -540,14 +541,17 @@ def _supervise(settings: Settings) -> None:
             keep("code-server", "mlflow", "gateway")
             from dagster import DagsterInstance
 
-            from ml_assets.cli.recovery import recover
+            from ml_assets.cli.recovery import recover, requeue_lost
 
             with DagsterInstance.from_config(str(settings.dagster_home)) as instance:
                 for run in recover(instance):
                     logger.warning("run %s (%s) had lost its process", run.run_id, run.job_name)
-            _wait_for_code_server(supervisor, socket_path)
-            keep("dagster-daemon", "dagster-webserver")
-            done.wait()
+                _wait_for_code_server(supervisor, socket_path)
+                keep("dagster-daemon", "dagster-webserver")
+                known: set[str] = set()
+                while not done.wait(REQUEUE_SECONDS):
+                    for run_id in requeue_lost(instance, settings.dagster_url, known):
+                        logger.warning("run %s is requeued; the daemon could not do it", run_id)
         finally:
             logger.info("stopping")
             supervisor.stop()

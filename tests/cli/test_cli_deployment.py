@@ -13,7 +13,8 @@ from pathlib import Path
 
 import psutil
 import pytest
-from dagster import AssetKey, DagsterInstance, DagsterRun, DagsterRunStatus
+from dagster import AssetKey, DagsterInstance, DagsterRun, DagsterRunStatus, RunsFilter
+from dagster._core.storage.tags import WILL_RETRY_TAG
 
 from ml_assets.cli import supervisor
 from ml_assets.cli.launcher import PID, is_alive
@@ -122,6 +123,20 @@ def test_a_failed_run_is_told_with_its_reason(dagster):
         dagster.follow(run_id, seen.append)
     assert seen == ["broken: started", "broken: FAILED"]
     assert not retries(dagster, run_id), "an asset that failed is not retried by the run queue"
+
+
+def test_a_retry_that_the_daemon_could_not_submit_is_made_up_for(dagster):
+    run_id = dagster.launch(ASSET_JOB, assets=[BROKEN])
+    run = wait_for(
+        lambda: dagster.instance.get_runs(RunsFilter(run_ids=[run_id], statuses=[DagsterRunStatus.FAILURE]))
+    )[0]
+    wait_for(lambda: dagster.instance.get_run_by_id(run_id).tags.get(WILL_RETRY_TAG) == "false")
+    # as if its process had died while there was no code server: the daemon says this, and gives up
+    dagster.instance.report_engine_event("Failed to retry run", run)
+    (retry,) = wait_for(lambda: retries(dagster, run_id))
+    assert retry.asset_selection == {BROKEN}
+    time.sleep(supervisor.REQUEUE_SECONDS + 2)
+    assert len(retries(dagster, run_id)) == 1
 
 
 def test_an_unknown_job_is_refused_with_the_reason(dagster):
