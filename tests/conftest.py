@@ -8,6 +8,9 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+# tests run side by side: two processes that each compute on all cores are far slower than one thread each
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("EVERGREEN_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
