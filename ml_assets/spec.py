@@ -21,6 +21,8 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from ml_assets.artifacts import canonical_json, sha256_bytes
+
 NAME = r"^[a-z][a-z0-9_]*$"
 FAMILY = r"^[a-z0-9][a-z0-9._-]*$"
 CALLABLE = r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*$"
@@ -491,6 +493,12 @@ class CustomizationSpec(Block):
             if not re.fullmatch(r"team:[\w.-]+|[^@\s]+@[^@\s]+\.[^@\s]+", owner):
                 raise _wrong(str(index), f"expected 'team:<name>' or an e-mail address, found {owner!r}")
         return owners
+
+    def version(self, code: str, *blocks: str) -> str:
+        """Version of what is made from these blocks by code of version `code`: a change of the YAML makes
+        an asset stale just as a change of the code does."""
+        said = {block: self.model_dump(mode="json")[block] for block in blocks}
+        return f"{code}-{sha256_bytes(canonical_json(said))[:8]}"
 
     def columns(self) -> list[str]:
         """Columns of the source that this customization reads, without repeats."""

@@ -41,7 +41,7 @@ def build_adapter_asset(spec: CustomizationSpec) -> dg.AssetsDefinition:
         owners=spec.owners,
         kinds={"pytorch", "huggingface"},
         tags={"customization": spec.name},
-        code_version=CODE_VERSION,
+        code_version=spec.version(CODE_VERSION, "adapter", "prompt"),
         pool="device",
         dagster_type=ARTIFACT_REF,
         check_specs=check_specs(key),

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import httpx
-from dagster import AssetKey, ComponentTree, DagsterInstance
+from dagster import AssetKey, AssetObservation, ComponentTree, DagsterInstance
 from dagster._core.definitions.data_version import DATA_VERSION_TAG
 
 from ml_assets.artifacts import ArtifactRef, ArtifactStore
@@ -21,6 +21,7 @@ from ml_assets.cli.runs import ASSET_JOB, Dagster
 from ml_assets.cli.supervisor import OperationError, print_urls
 from ml_assets.customization import BaseModels, Customization
 from ml_assets.datasets.snapshot import load_rows
+from ml_assets.datasets.sources import SourceError, source_version
 from ml_assets.endpoints.gateway import keys
 from ml_assets.endpoints.ledger import Ledger
 from ml_assets.settings import Settings
@@ -48,8 +49,9 @@ def demo(settings: Settings) -> None:
     customizations = [component.spec for component in tree.get_all_components(Customization)]
     with DagsterInstance.from_config(str(settings.dagster_home)) as instance:
         dagster = Dagster(urls["dagster"], instance)
-        show("looking at the base models (the first time, they are downloaded)")
+        show("looking at the base models and sources (the first time, they are downloaded)")
         revisions = _register(tree, instance, settings)
+        _observe_sources(tree, instance, settings)
         launched = _bring_up_to_date(dagster, customizations, revisions, show)
         if not launched:
             show("nothing changed: every asset is up to date, so no run was launched")
@@ -69,6 +71,19 @@ def _register(tree: ComponentTree, instance: DagsterInstance, settings: Settings
         )
         revisions |= {family.name: revision for family, revision in zip(families, found, strict=True)}
     return revisions
+
+
+def _observe_sources(tree: ComponentTree, instance: DagsterInstance, settings: Settings) -> None:
+    """Note the version of every source, so that Dagster knows which datasets are stale."""
+    for component in tree.get_all_components(Customization):
+        spec = component.spec
+        try:
+            version = source_version(spec.source, component.origin.file.parent, settings)
+        except SourceError as error:
+            raise OperationError(f"{spec.name}: {error}") from error
+        instance.report_runless_asset_event(
+            AssetObservation(AssetKey([spec.name, "source"]), tags={DATA_VERSION_TAG: version})
+        )
 
 
 def _bring_up_to_date(

@@ -102,7 +102,7 @@ def build_dataset_asset(spec: CustomizationSpec, root: Path) -> dg.AssetsDefinit
         owners=spec.owners,
         kinds={"parquet"},
         tags={"customization": spec.name},
-        code_version=CODE_VERSION,
+        code_version=spec.version(CODE_VERSION, "source", "dataset", "prompt"),
         freshness_policy=dg.FreshnessPolicy.time_window(fail_window=_duration(fresh)) if fresh else None,
         check_specs=check_specs(key),
     )

@@ -47,7 +47,7 @@ def build_eval_report_asset(spec: CustomizationSpec, root: Path) -> dg.AssetsDef
         owners=spec.owners,
         kinds={"report"},
         tags={"customization": spec.name},
-        code_version=REPORT_VERSION,
+        code_version=spec.version(REPORT_VERSION, "evaluation", "prompt"),
         pool="device",
         check_specs=check_specs(key),
     )
