@@ -31,7 +31,7 @@ pytestmark = pytest.mark.slow
 REPOSITORY = Path(__file__).parents[2]
 LEARNS = COLOURS_YAML.replace(
     "  evaluation:\n",
-    "  adapter: {rank: 16, steps: 80, batch_tokens: 256, learning_rate: 0.02}\n  evaluation:\n"
+    "  adapter: {rank: 64, alpha: 64, steps: 140, batch_tokens: 512, learning_rate: 0.005}\n  evaluation:\n"
     "    few_shot: 1\n    max_new_tokens: 6\n    gate: {max_forgetting: 20}\n",
 )
 
@@ -78,12 +78,12 @@ class World:
         """What the asset of the base revision is now."""
         return ArtifactRefIOManager().load(dg.AssetKey(["colours", kind]), self.revision)
 
-    def ask(self, messages: list[dict[str, str]]) -> httpx.Response:
+    def ask(self, text: str) -> httpx.Response:
         key = (self.settings.home / ADMIN_KEY_FILE).read_text().strip()
         return httpx.post(
             f"{self.settings.gateway_url}/v1/chat/completions",
             headers={"Authorization": f"Bearer {key}"},
-            json={"model": "colours", "messages": messages, "temperature": 0},
+            json={"model": "colours", "messages": [{"role": "user", "content": text}], "temperature": 0},
             timeout=60,
         )
 
@@ -188,7 +188,7 @@ def test_one_yaml_becomes_a_served_model_and_stays_served(world: World) -> None:
     sys.stdout.write(f"\nthe second run took {seconds:.1f} s\n")
 
     # an adapter that learned nothing is rejected, in the report, in its check and at the endpoint
-    world.project.write("colours", LEARNS.replace("learning_rate: 0.01", "learning_rate: 1.0e-9"))
+    world.project.write("colours", LEARNS.replace("learning_rate: 0.005", "learning_rate: 1.0e-9"))
     third = world.run("colours__main")
     candidate = world.ref("adapter").digest
     assert candidate != champion
