@@ -206,7 +206,9 @@ def _metadata(built: BuiltReport) -> dict[str, dg.MetadataValue]:
     }
     for arm, entry in summary["arms"].items():
         if found := entry["metrics"][summary["metric"]]:
-            metadata[f"{arm}_{summary['metric'].rpartition(':')[2]}"] = dg.MetadataValue.float(found["mean"])
+            metadata[f"{arm}_{summary['metric'].rpartition(':')[2]}"] = dg.MetadataValue.float(
+                round(found["mean"], 4)
+            )
         if entry["value"]:
-            metadata[f"{arm}_value_per_1000"] = dg.MetadataValue.float(entry["value"]["mean"])
+            metadata[f"{arm}_value_per_1000"] = dg.MetadataValue.float(round(entry["value"]["mean"], 4))
     return metadata

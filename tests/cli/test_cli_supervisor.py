@@ -114,8 +114,9 @@ def test_a_program_that_dies_is_started_again(supervise, tmp_path):
     os.kill(first, signal.SIGKILL)
     pids = wait_for(lambda: len(lines(starts)) == 2 and lines(starts))
     assert int(pids[1]) != first
-    state = json.loads((tmp_path / "supervisor.json").read_text())
-    assert state["processes"]["it"] == identity(supervisor.processes["it"].pid)
+    state = tmp_path / "supervisor.json"  # written a moment after the start
+    wait_for(lambda: json.loads(state.read_text())["processes"]["it"] == identity(int(pids[1])))
+    assert supervisor.processes["it"].pid == int(pids[1])
 
 
 def test_what_a_dead_program_left_in_its_group_goes_with_it(supervise, tmp_path):
