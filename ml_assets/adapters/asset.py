@@ -8,7 +8,7 @@ import dagster as dg
 from ml_assets.adapters.checks import adapter_checks, check_specs
 from ml_assets.adapters.manifest import CODE_VERSION
 from ml_assets.adapters.pictures import loss_curve
-from ml_assets.adapters.train import AdapterInputs, TrainedAdapter, open_inputs, train_adapter
+from ml_assets.adapters.train import UNTRAINABLE, AdapterInputs, TrainedAdapter, open_inputs, train_adapter
 from ml_assets.artifacts import ArtifactRef, read_json
 from ml_assets.base_models.partitions import BASE_MODELS
 from ml_assets.settings import Settings
@@ -60,7 +60,7 @@ def build_adapter_asset(spec: CustomizationSpec) -> dg.AssetsDefinition:
             customization=spec.name,
             base_revision=context.partition_key,
             input_key=inputs.key,
-            dagster_run_id=context.run_id,
+            dagster_run_id=context.run.run_id,
             partition=context.partition_key,
             code_version=CODE_VERSION,
             commit=git_commit(PROJECT_ROOT),
@@ -77,7 +77,10 @@ def build_adapter_asset(spec: CustomizationSpec) -> dg.AssetsDefinition:
                         f"{progress.tokens_per_second:.0f} tokens/s · ETA {progress.eta_seconds:.0f} s"
                     )
 
-            trained = train_adapter(inputs, store, settings.home, on_progress=tell)
+            try:
+                trained = train_adapter(inputs, store, settings.home, on_progress=tell)
+            except UNTRAINABLE as error:
+                raise dg.Failure(str(error), allow_retries=False) from error
             if trained.reused:
                 context.log.info(f"{trained.ref}: these inputs were trained before, nothing to do")
             directory = store.open(trained.ref)

@@ -1,6 +1,7 @@
 """One adapter: from a dataset and a base to a published artifact, or the one that was published before."""
 
 import datetime
+import logging
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,11 +11,16 @@ from typing import Any
 from ml_assets.adapters.fingerprint import choose_probes, make_fingerprint, measure
 from ml_assets.adapters.manifest import build_manifest, input_key
 from ml_assets.adapters.recipe import checkpoint_folder, resolve_targets, training_examples
-from ml_assets.artifacts import ArtifactRef, ArtifactStore, canonical_json, read_json
+from ml_assets.artifacts import ArtifactError, ArtifactRef, ArtifactStore, canonical_json, read_json
 from ml_assets.datasets.snapshot import load_rows
 from ml_assets.spec import CustomizationSpec
 
 KIND = "adapter"
+
+UNTRAINABLE = (ValueError, FloatingPointError)
+"""What `train_adapter` raises when another attempt on the same inputs would end the same way."""
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -70,8 +76,9 @@ def train_adapter(
     gets `ml_assets.engine.training.Progress`.
 
     Raises:
-        BadExample: a row is empty or too long for the base.
-        NoEffect: the adapter learned nothing.
+        BadExample: a row is empty or too long for the base (a ValueError).
+        NoEffect: the adapter learned nothing (a ValueError).
+        FloatingPointError: the training diverged.
         OSError: the disk is full; nothing is published, and the checkpoint stays for the next run.
     """
     from ml_assets.engine import hardware
@@ -80,7 +87,11 @@ def train_adapter(
 
     key = inputs.key
     if reuse and (known := store.recall(KIND, key)):
-        return TrainedAdapter(known[0], known[1], reused=True)
+        try:
+            store.open(known[0])
+            return TrainedAdapter(known[0], known[1], reused=True)
+        except ArtifactError as error:
+            _log.warning("trained again, because what was published is damaged: %s", error)
 
     hardware.prepare_process()
     spec = inputs.spec

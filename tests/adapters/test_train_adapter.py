@@ -133,6 +133,15 @@ def test_a_damaged_base_or_dataset_is_named(evergreen_home: Path, store: Artifac
         open_inputs(small_spec(), store, base, data)
 
 
+def test_a_damaged_adapter_is_trained_again(evergreen_home: Path, store: ArtifactStore) -> None:
+    inputs = small_inputs(store)
+    first = train_adapter(inputs, store, evergreen_home)
+    (store.open(first.ref) / "adapter_config.json").write_text("{}")
+    again = train_adapter(inputs, store, evergreen_home)
+    assert not again.reused and again.ref == first.ref
+    store.open(again.ref)
+
+
 def test_unknown_targets_are_named(store: ArtifactStore) -> None:
     manifest = small_inputs(store).base_manifest
     with pytest.raises(ValueError, match=r"wq not in tiny@.* it has: q_proj, k_proj"):

@@ -136,7 +136,7 @@ class Gateway:
         deadline = time.monotonic() + 60
         while self.process.poll() is None and time.monotonic() < deadline:
             try:
-                if httpx.get(f"{self.settings.gateway_url}/healthz").status_code == 200:
+                if httpx.get(f"{self.settings.gateway_url}/healthz/ready").status_code == 200:
                     return
             except httpx.TransportError:
                 time.sleep(0.1)
@@ -187,8 +187,8 @@ def test_one_yaml_becomes_a_served_model_and_stays_served(world: World) -> None:
     assert world.versions() == 1 and world.champion() == champion
     sys.stdout.write(f"\nthe second run took {seconds:.1f} s\n")
 
-    # an adapter that learned nothing is rejected, in the report, in its check and at the endpoint
-    world.project.write("colours", LEARNS.replace("learning_rate: 0.005", "learning_rate: 1.0e-9"))
+    # an adapter whose training was cut short is rejected, in the report, in its check and at the endpoint
+    world.project.write("colours", LEARNS.replace("steps: 140", "steps: 8"))
     third = world.run("colours__main")
     candidate = world.ref("adapter").digest
     assert candidate != champion

@@ -27,8 +27,8 @@ pytestmark = [
 
 CUSTOMIZATION = COLOURS_YAML.replace(
     "  evaluation:\n",
-    "  adapter: {rank: 16, steps: 150, batch_tokens: 512, learning_rate: 0.01}\n  evaluation:\n"
-    "    few_shot: 1\n    max_new_tokens: 6\n    max_rows: 150\n    gate: {max_forgetting: 20}\n",
+    "  adapter: {rank: 64, alpha: 64, steps: 140, batch_tokens: 512, learning_rate: 0.005}\n  evaluation:\n"
+    "    few_shot: 1\n    max_new_tokens: 6\n    gate: {max_forgetting: 20}\n",
 )
 CHROMIUM = [
     "--no-sandbox",
@@ -53,7 +53,7 @@ def deployment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tupl
     """A deployment that is up, with one customization and one base revision; nothing is materialized."""
     project = Project.create(tmp_path / "shop")
     project.write("bases", base_models_yaml({"tiny": tiny_model("llama", tmp_path / "tiny")}))
-    project.write("colours", CUSTOMIZATION, colour_rows(700))
+    project.write("colours", CUSTOMIZATION, colour_rows(400))
     monkeypatch.setenv("EVERGREEN_HOME", str(tmp_path / "home"))
     for variable in supervisor.PORTS.values():
         monkeypatch.setenv(variable, str(free_port()))
