@@ -90,11 +90,12 @@ def test_materialize_from_the_asset_graph_and_read_the_report(
 
         for group in ("base_models", "colours"):
             page.goto(f"{settings.dagster_url}/locations/evergreen/asset-groups/{group}/lineage")
-            page.get_by_role("button", name=re.compile("^Materialize")).first.click()
+            page.locator("button", has_text=re.compile("^Materialize")).first.click()
             dialog = page.get_by_role("dialog")
             expect(dialog).to_be_visible()
+            dialog.get_by_role("button", name="All", exact=True).click()
             page.screenshot(path=tmp_path / f"{group}-dialog.png")
-            dialog.get_by_role("button", name=re.compile("^Launch")).click()
+            dialog.locator("button", has_text=re.compile("^Launch")).click()
             last = AssetKey("base_model") if group == "base_models" else AssetKey(["colours", "endpoint"])
             wait_for_materialization(settings, last)
 
@@ -102,7 +103,7 @@ def test_materialize_from_the_asset_graph_and_read_the_report(
         expect(page.get_by_text("gate").first).to_be_visible()
         page.screenshot(path=tmp_path / "checks.png")
         page.goto(f"{settings.dagster_url}/assets/colours/eval_report?view=events&partition={revision}")
-        link = page.get_by_role("link", name=re.compile("/#/experiments/")).first
+        link = page.locator("a", has_text=re.compile("experiments/.*report.html")).first
         expect(link).to_be_visible()
         page.screenshot(path=tmp_path / "report.png")
         page.goto(str(link.get_attribute("href")))
