@@ -76,7 +76,7 @@ test-slow: setup  ## those with the real base model, a browser or server process
 lint: setup  ## ruff, pyright, and Dagster's own check of the definitions
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/dg check toml
 	$(BIN)/dg check defs
 
