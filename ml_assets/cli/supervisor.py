@@ -305,13 +305,16 @@ def end_workers(settings: Settings) -> int:
     from ml_assets.cli.launcher import PID, is_alive, kill_group
     from ml_assets.cli.recovery import IN_PROGRESS
 
-    ended = 0
     with DagsterInstance.from_config(str(settings.dagster_home)) as instance:
-        for run in instance.get_runs(RunsFilter(statuses=IN_PROGRESS)):
-            if PID in run.tags and is_alive(run.tags):
-                kill_group(run.tags)
-                ended += 1
-    return ended
+        runs = instance.get_runs(RunsFilter(statuses=IN_PROGRESS))
+    alive = [run.tags for run in runs if PID in run.tags and is_alive(run.tags)]
+    for tags in alive:
+        kill_group(tags)
+    # a killed process is there until its memory is given back: only then may another use the device
+    deadline = time.monotonic() + STOP_SECONDS
+    while any(map(is_alive, alive)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return len(alive)
 
 
 # -- up, down ------------------------------------------------------------------------------------------
