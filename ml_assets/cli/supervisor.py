@@ -384,7 +384,8 @@ def answers(settings: Settings, addresses: dict[str, str]) -> dict[str, bool]:
             statuses = response.json()["data"]["instance"]["daemonHealth"]["allDaemonStatuses"]
             result["dagster"] = True
             result["daemon"] = all(status["healthy"] for status in statuses if status["required"])
-        for name, path in (("mlflow", "/health"), ("gateway", "/healthz")):
+        # a gateway that is still loading would answer its users with 503
+        for name, path in (("mlflow", "/health"), ("gateway", "/healthz/ready")):
             with contextlib.suppress(httpx.HTTPError):
                 result[name] = client.get(f"{addresses[name]}{path}").status_code == 200
     return result

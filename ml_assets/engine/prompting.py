@@ -1,5 +1,6 @@
 """From messages to tokens: the chat template of the base, or a plain one where it has none."""
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
@@ -14,6 +15,8 @@ PLAIN_TEMPLATE = (
 """Used for bases without a chat template; an answer ends with the end-of-sequence token."""
 
 _MARK = "\u2063answer\u2063"
+_ASIDE = re.compile("\ue000([0-9]+)\ue001")
+"""Stands for a piece of a message while the template is applied: characters that no template alters."""
 
 
 class PromptTemplates(Protocol):
@@ -58,6 +61,9 @@ class ChatFormat:
         self.template: str = PLAIN_TEMPLATE if self.plain else str(tokenizer.chat_template)
         eos = tokenizer.eos_token_id
         self.end_of_turn = self._end_of_turn(eos if isinstance(eos, int) else None)
+        special = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
+        longest_first = sorted(special, key=len, reverse=True)
+        self._spelled = re.compile("|".join([_ASIDE.pattern, *map(re.escape, longest_first)]))
         stops = {self.end_of_turn, *eos_token_ids, *([eos] if isinstance(eos, int) else [])}
         self.stop_ids: frozenset[int] = frozenset(stops)
 
@@ -73,20 +79,38 @@ class ChatFormat:
             return self._render([first, *messages[2:]], generation_prompt)
 
     def prompt_ids(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
-        """Token ids of the conversation, ending where the answer begins."""
-        text = self.prompt_text(messages)
-        ids = self.tokenizer(text, add_special_tokens=self.plain)["input_ids"]
+        """Token ids of the conversation, ending where the answer begins.
+
+        A special token that a message spells out ("<|im_end|>") is read as plain text: what a user writes
+        can't end a turn or begin another one.
+        """
+        spelled: list[str] = []
+
+        def set_aside(match: re.Match[str]) -> str:
+            spelled.append(match[0])
+            return f"\ue000{len(spelled) - 1}\ue001"
+
+        messages = [{**m, "content": self._spelled.sub(set_aside, m["content"])} for m in messages]
+        pieces = _ASIDE.split(self.prompt_text(messages))
+        ids = list(self.tokenizer(pieces[0], add_special_tokens=self.plain)["input_ids"])
         if self.plain and ids and ids[-1] == self.tokenizer.eos_token_id:
             ids = ids[:-1]  # a tokenizer that closes every text: the answer is still to come
-        return list(ids)
+        for number, piece in zip(pieces[1::2], pieces[2::2], strict=True):
+            ids += self._plain_text_ids(spelled[int(number)])
+            ids += self.tokenizer(piece, add_special_tokens=False)["input_ids"]
+        return ids
 
     def target_ids(self, text: str) -> list[int]:
         """Token ids of an answer and the token that ends it."""
-        return [*self.tokenizer(text, add_special_tokens=False)["input_ids"], self.end_of_turn]
+        return [*self._plain_text_ids(text), self.end_of_turn]
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of answer tokens, without special tokens and outer white space."""
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True)).strip()
+
+    def _plain_text_ids(self, text: str) -> list[int]:
+        ids = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        return list(ids)
 
     def _render(self, messages: Sequence[Mapping[str, str]], generation_prompt: bool) -> str:
         return str(
