@@ -1,12 +1,121 @@
-"""Forward passes that compute logits only where they are needed, for any causal language model."""
+"""Log-probabilities of given answers, with or without a gradient, for any causal language model.
+
+Logits are computed where an answer's token is predicted and nowhere else, some positions at a time, so that
+the vocabulary never decides how much memory a pass takes.
+"""
 
 import contextlib
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+
+from ml_assets.engine.packing import Packing, body, logits_of
+
+if TYPE_CHECKING:
+    from ml_assets.engine.loading import Base
+
+Pair = tuple[Sequence[int], Sequence[int]]
+"""Token ids of a prompt and of its answer, at least one each."""
+
+MIN_SHARED_PREFIX = 8
+"""A shared prefix shorter than this costs more to split off than it saves."""
+
+LOGITS = 2**24
+"""Logits computed at a time."""
+
+
+def answer_log_probs(
+    base: "Base", pairs: Sequence[Pair], loss_scale: float | None = None
+) -> list[torch.Tensor]:
+    """Log-probability (nats, float32) of each token of each answer, under the active adapter.
+
+    With `loss_scale`, the gradient of -loss_scale * (sum of all of them) is added to the parameters'.
+    """
+    if not base.packs:
+        return _padded(base, pairs, loss_scale)
+    prefix = shared_prefix([prompt for prompt, _ in pairs]) if base.dropout == 0 else 0
+    sequences = [[*prompt[prefix:], *answer[:-1]] for prompt, answer in pairs]
+    packing = Packing(sequences, base.device, prefix=pairs[0][0][:prefix])
+    firsts = [start + len(p) - prefix - 1 for start, (p, _) in zip(packing.starts, pairs, strict=True)]
+    return packed_log_probs(base, packing, firsts, [answer for _, answer in pairs], loss_scale)
+
+
+def packed_log_probs(
+    base: "Base",
+    packing: Packing,
+    firsts: Sequence[int],
+    answers: Sequence[Sequence[int]],
+    loss_scale: float | None = None,
+) -> list[torch.Tensor]:
+    """As `answer_log_probs`; the first token of answer i is predicted at token `firsts[i]` of the packing."""
+    positions = [
+        p for first, answer in zip(firsts, answers, strict=True) for p in range(first, first + len(answer))
+    ]
+    wanted = torch.tensor([token for answer in answers for token in answer], device=base.device)
+    with packing.applied():
+        hidden = body(base.model)(
+            input_ids=packing.input_ids, position_ids=packing.position_ids, use_cache=False
+        ).last_hidden_state[0]
+        chosen = hidden[torch.tensor(positions, device=base.device)]
+        leaf = chosen.detach().requires_grad_(loss_scale is not None)
+        values = torch.cat([_chunk(base, part, ids, loss_scale) for part, ids in _chunks(base, leaf, wanted)])
+        if loss_scale is not None:
+            chosen.backward(leaf.grad)
+    return list(values.split([len(answer) for answer in answers]))
+
+
+def _chunks(
+    base: "Base", hidden: torch.Tensor, wanted: torch.Tensor
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    rows = max(1, LOGITS // base.vocabulary)
+    for start in range(0, len(wanted), rows):
+        yield hidden[start : start + rows], wanted[start : start + rows]
+
+
+def _chunk(
+    base: "Base", hidden: torch.Tensor, wanted: torch.Tensor, loss_scale: float | None
+) -> torch.Tensor:
+    logits = logits_of(base.model, hidden).float()
+    losses = torch.nn.functional.cross_entropy(logits, wanted, reduction="none")
+    if loss_scale is not None:
+        (losses.sum() * loss_scale).backward()
+    return -losses.detach()
+
+
+def shared_prefix(prompts: Sequence[Sequence[int]]) -> int:
+    """Length of the prefix that several prompts share, leaving each at least one token of its own; 0 where
+    splitting it off does not pay."""
+    if len(prompts) < 2:
+        return 0
+    first, last = min(prompts), max(prompts)
+    limit = min(map(len, prompts)) - 1
+    n = 0
+    while n < limit and first[n] == last[n]:
+        n += 1
+    return n if n >= MIN_SHARED_PREFIX else 0
+
+
+# -- models that can't pack ----------------------------------------------------------------------------
+
+
+def _padded(base: "Base", pairs: Sequence[Pair], loss_scale: float | None) -> list[torch.Tensor]:
+    """(B, T) tokens padded on the right: causal attention keeps padding out of sight."""
+    width = max(len(prompt) + len(answer) for prompt, answer in pairs)
+    ids = torch.full((len(pairs), width), base.pad_id)
+    mask = torch.zeros(len(pairs), width, dtype=torch.bool)
+    for i, (prompt, answer) in enumerate(pairs):
+        ids[i, : len(prompt) + len(answer)] = torch.tensor([*prompt, *answer])
+        mask[i, len(prompt) - 1 : len(prompt) + len(answer) - 1] = True
+    wanted = torch.tensor([token for _, answer in pairs for token in answer], device=base.device)
+    with only_positions(base.model, mask.to(base.device)):
+        logits = base.model(input_ids=ids.to(base.device), use_cache=False).logits[0]
+    losses = torch.nn.functional.cross_entropy(logits.float(), wanted, reduction="none")
+    if loss_scale is not None:
+        (losses.sum() * loss_scale).backward()
+    return list((-losses.detach()).split([len(answer) for _, answer in pairs]))
 
 
 def output_head(model: torch.nn.Module) -> torch.nn.Module:
@@ -34,41 +143,6 @@ def only_positions(model: torch.nn.Module, mask: torch.Tensor) -> Iterator[None]
         yield
     finally:
         handle.remove()
-
-
-def completion_log_probs(
-    model: torch.nn.Module, input_ids: torch.Tensor, labels: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probability of each labelled token.
-
-    Args:
-        input_ids: (B, T) tokens, padded on the right; causal attention keeps padding out of sight.
-        labels: (B, T), the token at each position that counts, -100 elsewhere (position 0 never counts).
-
-    Returns:
-        (N,) log-probabilities in nats, float32, and (N,) the row of each.
-    """
-    mask = torch.zeros_like(labels, dtype=torch.bool)
-    mask[:, :-1] = labels[:, 1:] != -100
-    with only_positions(model, mask):
-        logits = model(input_ids=input_ids, use_cache=False).logits[0]
-    wanted = labels[:, 1:][mask[:, :-1]]
-    values = -torch.nn.functional.cross_entropy(logits.float(), wanted, reduction="none")
-    return values, mask.nonzero()[:, 0]
-
-
-def right_padded(
-    sequences: list[tuple[list[int], list[int]]], pad: int, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(prompt, answer) token pairs as `input_ids` and `labels` (B, T) for `completion_log_probs`."""
-    width = max(len(prompt) + len(answer) for prompt, answer in sequences)
-    input_ids = torch.full((len(sequences), width), pad)
-    labels = torch.full((len(sequences), width), -100)
-    for i, (prompt, answer) in enumerate(sequences):
-        row = torch.tensor(prompt + answer)
-        input_ids[i, : len(row)] = row
-        labels[i, len(prompt) : len(row)] = row[len(prompt) :]
-    return input_ids.to(device), labels.to(device)
 
 
 @lru_cache(maxsize=64)

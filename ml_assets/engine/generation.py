@@ -142,7 +142,7 @@ class DecodeBatch:
             self._mask = torch.cat([self._mask, self._mask.new_ones(len(ids), width)], dim=1)
         positions = (self._mask.cumsum(1) - 1).clamp(min=0)[:, -width:]
         model = self._base.model
-        kind = type(self._base.plain_model)
+        kind = type(model)
         extra: dict[str, Any] = {}
         if accepts(kind, "position_ids"):
             extra["position_ids"] = positions

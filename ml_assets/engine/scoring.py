@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
-from ml_assets.engine.forward import completion_log_probs, right_padded
+from ml_assets.engine.forward import answer_log_probs
 from ml_assets.engine.loading import Base
 
 
@@ -24,12 +24,10 @@ def mean_logprobs(
         following = order[position + 1] if position + 1 < len(order) else None
         width = len(pairs[following][0]) + len(pairs[following][1]) if following is not None else 0
         if following is None or width * (len(batch) + 1) > batch_tokens:
-            rows = [(list(pairs[j][0]), list(pairs[j][1])) for j in batch]
-            input_ids, labels = right_padded(rows, base.pad_id, base.device)
             with torch.inference_mode():
-                values, row_of = completion_log_probs(base.model, input_ids, labels)
-            for k, j in enumerate(batch):
-                results[j] = float(values[row_of == k].double().mean())
+                values = answer_log_probs(base, [pairs[j] for j in batch])
+            for j, value in zip(batch, values, strict=True):
+                results[j] = float(value.double().mean())
             batch = []
     return results
 

@@ -4,30 +4,32 @@ The loop is plain: `torch.optim.AdamW` on one flat float32 vector that holds all
 the base's number format where that is another. LoRA: Hu et al. 2021, arXiv 2106.09685, through peft.
 """
 
+import contextlib
 import math
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from ml_assets.artifacts import canonical_json, sha256_bytes
 from ml_assets.engine.checkpoint import load_checkpoint, save_checkpoint
-from ml_assets.engine.forward import completion_log_probs, right_padded
-from ml_assets.engine.loading import Base, adapter_parameters
+from ml_assets.engine.forward import answer_log_probs
+from ml_assets.engine.loading import Base
+from ml_assets.engine.lora import Adapter, Route, adapter_config, new_adapter
 from ml_assets.spec import AdapterRecipe
 
-TRAINING_VERSION = "1"
+TRAINING_VERSION = "2"
 """Part of every adapter's input key: raise it when the same inputs would give other weights."""
 
 MICRO_BATCH_TOKENS = 4096
-"""Tokens, with padding, of one forward and backward pass: bounds memory, not the step."""
+"""Tokens of one forward and backward pass: bounds memory, not the step. A longer example is computed with
+gradient checkpoints."""
 
 BUCKET = 16
-"""Batches whose examples are sorted by length together: padding falls, order stays random."""
+"""Batches whose examples are sorted by length together: attention pads less, order stays random."""
 
 ADAPTER = "default"
 
@@ -101,22 +103,35 @@ def train_lora(
         FloatingPointError: the loss is no longer a finite number.
     """
     _check_examples(examples, recipe.max_length or base.context_length)
-    torch.manual_seed(recipe.seed)
-    model = _add_lora(base, recipe, targets)
-    try:
-        weights = _FlatWeights(list(adapter_parameters(model, ADAPTER).values()))
+    with lora_for_training(base, recipe, targets) as adapter:
+        weights = _FlatWeights(list(adapter.named_tensors().values()))
         result = _run(base, examples, recipe, weights, checkpoints, checkpoint_seconds, on_progress)
-        _save_adapter(base, output)
-    finally:
-        base.model = model.unload()
-        base.model.requires_grad_(False)
+        _save_adapter(base, adapter, targets, output)
     return result
+
+
+@contextlib.contextmanager
+def lora_for_training(base: Base, recipe: AdapterRecipe, targets: Sequence[str]) -> Iterator[Adapter]:
+    """Inside, the model trains a fresh adapter, whose weights are the only parameters with a gradient."""
+    if base.adapters:
+        raise ValueError(f"train on a base without adapters; attached: {sorted(base.adapters)}")
+    torch.manual_seed(recipe.seed)
+    adapter = new_adapter(base.model, targets, recipe.rank, recipe.alpha, recipe.dropout, base.model.dtype)
+    for tensor in adapter.named_tensors().values():
+        tensor.requires_grad_(True)
+    base.lora.add(ADAPTER, adapter)
+    base.model.train()
+    try:
+        with base.lora.routed(Route((ADAPTER,), training=True)):
+            yield adapter
+    finally:
+        base.model.eval()
+        base.lora.remove(ADAPTER)
 
 
 def plan_batches(lengths: Sequence[int], recipe: AdapterRecipe) -> list[list[int]]:
     """Example indices of every optimizer step, in order: a function of lengths, budget, length of the
-    training and seed alone. A step holds at most `batch_tokens` tokens with padding, but at least one
-    example."""
+    training and seed alone. A step holds at most `batch_tokens` tokens, but at least one example."""
     epochs = recipe.epochs if recipe.epochs is not None or recipe.steps is not None else 3.0
     plan: list[list[int]] = []
     epoch, per_epoch = 0, 0
@@ -147,19 +162,30 @@ def learning_rate(step: int, steps: int, recipe: AdapterRecipe) -> float:
     return recipe.learning_rate * (1 - done)
 
 
-def step_loss(base: Base, examples: Sequence[Example], backward: bool = True) -> float:
+def step_loss(base: Base, examples: Sequence[Example]) -> float:
     """Mean negative log-likelihood (nats) over the target tokens of one step's examples, taken in micro
-    batches; with `backward`, its gradient is added to the parameters'."""
+    batches; its gradient is added to the parameters'."""
     total = sum(len(example.target) for example in examples)
     loss_sum = 0.0
-    for rows in _micro_batches(examples):
-        pairs = [(example.prompt, example.target) for example in rows]
-        values, _ = completion_log_probs(base.model, *right_padded(pairs, base.pad_id, base.device))
-        loss = -values.sum() / total
-        if backward:
-            loss.backward()
-        loss_sum += float(loss.detach())
+    for rows in _micro_batches(examples, MICRO_BATCH_TOKENS):
+        with _checkpointed(base, sum(map(len, rows)) > MICRO_BATCH_TOKENS):
+            pairs = [(example.prompt, example.target) for example in rows]
+            values = answer_log_probs(base, pairs, loss_scale=1 / total)
+        loss_sum -= float(torch.cat(values).sum()) / total
     return loss_sum
+
+
+@contextlib.contextmanager
+def _checkpointed(base: Base, wanted: bool) -> Iterator[None]:
+    """Inside, layers keep their input alone and are computed again for the gradient."""
+    if not wanted:
+        yield
+        return
+    base.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    try:
+        yield
+    finally:
+        base.model.gradient_checkpointing_disable()
 
 
 # -- inside --------------------------------------------------------------------------------------------
@@ -193,7 +219,6 @@ def _run(
         first, tokens, losses = saved.step, saved.state["tokens"], saved.state["losses"]
     start = last_save = time.monotonic()
     fresh_tokens = 0
-    base.model.train()
     for step in range(first, len(plan)):
         batch = [examples[i] for i in plan[step]]
         weights.clear_gradient()
@@ -244,7 +269,6 @@ def _run(
                 {"training": identity, "tokens": tokens, "losses": losses},
             )
             last_save = time.monotonic()
-    base.model.eval()
     return TrainResult(len(plan), tokens, losses, time.monotonic() - start, first)
 
 
@@ -252,7 +276,7 @@ class _FlatWeights:
     """All LoRA weights as one float32 vector for the optimizer; the model's parameters are views of it, or of
     a copy in the model's own number format."""
 
-    def __init__(self, parameters: list[torch.nn.Parameter]):
+    def __init__(self, parameters: list[torch.Tensor]):
         flat = torch.cat([p.detach().reshape(-1) for p in parameters])
         self._flat = flat
         self._gradient = torch.zeros_like(flat)
@@ -289,46 +313,16 @@ class _FlatWeights:
         self.publish()
 
 
-def _add_lora(base: Base, recipe: AdapterRecipe, targets: Sequence[str]) -> Any:
-    from peft import LoraConfig, get_peft_model
-
-    if base.adapters:
-        raise ValueError(f"train on a base without adapters; attached: {sorted(base.adapters)}")
-    config = LoraConfig(
-        r=recipe.rank,
-        lora_alpha=recipe.alpha,  # type: ignore[arg-type]
-        lora_dropout=recipe.dropout,
-        target_modules=sorted(targets),
-        task_type="CAUSAL_LM",
-        bias="none",
-        fan_in_fan_out=_transposed(base, targets),
-    )
-    base.model = get_peft_model(base.model, config, adapter_name=ADAPTER, autocast_adapter_dtype=False)
-    # peft notes the folder that the base was loaded from, which differs between machines
-    base.model.peft_config[ADAPTER].base_model_name_or_path = base.manifest["revision"]
-    return base.model
-
-
-def _transposed(base: Base, targets: Sequence[str]) -> bool:
-    """Whether the target modules keep their weights as (in, out), as GPT-2's Conv1D does."""
-    from transformers.pytorch_utils import Conv1D
-
-    found = [m for name, m in base.model.named_modules() if name.rpartition(".")[2] in set(targets)]
-    return bool(found) and all(isinstance(m, Conv1D) for m in found)
-
-
-def _save_adapter(base: Base, output: Path) -> None:
+def _save_adapter(base: Base, adapter: Adapter, targets: Sequence[str], output: Path) -> None:
     from safetensors.torch import save_file
 
     output.mkdir(parents=True, exist_ok=True)
     weights = {
-        key: value.detach().cpu().contiguous().clone()
-        for key, value in adapter_parameters(base.model, ADAPTER).items()
+        key: value.detach().cpu().contiguous().clone() for key, value in adapter.named_tensors().items()
     }
     save_file(weights, output / "adapter_model.safetensors", metadata={"format": "pt"})
-    config = base.model.peft_config[ADAPTER].to_dict() | {"inference_mode": True}
-    plain = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
-    (output / "adapter_config.json").write_bytes(canonical_json(plain) + b"\n")
+    config = adapter_config(base.model, adapter, targets, base.manifest["revision"])
+    (output / "adapter_config.json").write_bytes(canonical_json(config) + b"\n")
 
 
 def _training_identity(base: Base, examples: Sequence[Example], recipe: AdapterRecipe) -> str:
@@ -336,7 +330,7 @@ def _training_identity(base: Base, examples: Sequence[Example], recipe: AdapterR
     data = [[example.prompt, example.target] for example in examples]
     parts = {
         "base": base.manifest["identity"],
-        "dtype": str(base.plain_model.dtype),
+        "dtype": str(base.model.dtype),
         "recipe": recipe.model_dump(),
         "data": sha256_bytes(canonical_json(data)),
         "version": TRAINING_VERSION,
@@ -368,23 +362,25 @@ def _epoch_batches(lengths: Sequence[int], budget: int, rng: random.Random) -> l
     chunk = max(1, int(BUCKET * budget / mean))
     batches: list[list[int]] = []
     for at in range(0, len(order), chunk):
-        batch: list[int] = []
-        # sorted by length, so that the next one is the longest and sets the width
+        batch, tokens = list[int](), 0
         for i in sorted(order[at : at + chunk], key=lambda i: lengths[i]):
-            if batch and lengths[i] * (len(batch) + 1) > budget:
+            if batch and tokens + lengths[i] > budget:
                 batches.append(batch)
-                batch = []
+                batch, tokens = [], 0
             batch.append(i)
+            tokens += lengths[i]
         batches.append(batch)
     rng.shuffle(batches)
     return batches
 
 
-def _micro_batches(examples: Sequence[Example]) -> list[list[Example]]:
+def _micro_batches(examples: Sequence[Example], budget: int) -> list[list[Example]]:
     result: list[list[Example]] = []
+    tokens = 0
     for example in sorted(examples, key=len):
-        if result and len(example) * (len(result[-1]) + 1) <= MICRO_BATCH_TOKENS:
-            result[-1].append(example)
-        else:
-            result.append([example])
+        tokens += len(example)
+        if not result or tokens > budget:
+            result.append([])
+            tokens = len(example)
+        result[-1].append(example)
     return result

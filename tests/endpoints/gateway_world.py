@@ -156,9 +156,11 @@ def _pins(base: Any) -> dict[str, str]:
 
 def _random_adapter(base: Any, directory: Path, seed: int) -> None:
     from peft import LoraConfig, PeftModel
+    from transformers import AutoModelForCausalLM
 
+    plain = AutoModelForCausalLM.from_pretrained(base.model.name_or_path, dtype=torch.float32)
     config = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
-    model = PeftModel(base.model, config, adapter_name="default")
+    model = PeftModel(plain, config, adapter_name="default")
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in sorted(model.named_parameters()):
@@ -166,7 +168,6 @@ def _random_adapter(base: Any, directory: Path, seed: int) -> None:
                 parameter.copy_(torch.randn(parameter.shape, generator=generator))
     model.save_pretrained(directory)
     (directory / "README.md").unlink(missing_ok=True)
-    base.model = model.unload()
     (directory / "manifest.json").write_text(json.dumps(_pins(base)))
 
 

@@ -1,7 +1,9 @@
 """The training loop computes what transformers and peft do, gives the same bytes, and resumes exactly."""
 
+import contextlib
 import itertools
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,19 +14,30 @@ from hypothesis import strategies as st
 from tiny_models import ARCHITECTURES
 
 from ml_assets.artifacts import sha256_file
-from ml_assets.engine import training
-from ml_assets.engine.loading import Base, IncompatibleAdapter, adapter_parameters
-from ml_assets.engine.training import BadExample, Example, learning_rate, plan_batches, step_loss, train_lora
+from ml_assets.engine import forward, training
+from ml_assets.engine.forward import shared_prefix
+from ml_assets.engine.loading import Base, IncompatibleAdapter
+from ml_assets.engine.training import (
+    BadExample,
+    Example,
+    _save_adapter,
+    learning_rate,
+    lora_for_training,
+    plan_batches,
+    step_loss,
+    train_lora,
+)
 from ml_assets.spec import AdapterRecipe
 
 WORDS = ["kitchen", "light", "turn on", "bedroom", "lamp", "window", "temperature", "news", "shares"]
 
 
-def examples(base: Base, n: int = 12) -> list[Example]:
+def examples(base: Base, n: int = 12, system: str | None = None) -> list[Example]:
     rows = []
+    start = [{"role": "system", "content": system}] if system else []
     for i, words in zip(range(n), itertools.cycle(itertools.permutations(WORDS, 3)), strict=False):
         text = " ".join(words[: 1 + i % 3])
-        prompt = base.chat.prompt_ids([{"role": "user", "content": text}])
+        prompt = base.chat.prompt_ids([*start, {"role": "user", "content": text}])
         rows.append(Example(prompt, base.chat.target_ids(words[0]), row=str(i)))
     return rows
 
@@ -39,52 +52,104 @@ def targets(base: Base) -> list[str]:
     return base.manifest["lora_targets"]["all-linear"]
 
 
-def with_lora(base: Base) -> None:
-    torch.manual_seed(0)
-    training._add_lora(base, recipe(), targets(base))
-    for key, parameter in adapter_parameters(base.model, "default").items():
-        if "lora_B" in key:  # zero at the start, which would leave lora_A without a gradient
-            torch.nn.init.normal_(parameter, std=0.05)
-        parameter.requires_grad_(True)
+@contextlib.contextmanager
+def with_lora(base: Base) -> Iterator[dict[str, torch.Tensor]]:
+    with lora_for_training(base, recipe(), targets(base)) as adapter:
+        for _, b in adapter.weights.values():  # zero at the start, which would leave A without a gradient
+            torch.nn.init.normal_(b.detach(), std=0.05)
+        base.model.apply(
+            lambda module: setattr(module, "p", 0) if isinstance(module, torch.nn.Dropout) else None
+        )
+        base.model.config.attention_dropout = 0.0
+        yield adapter.named_tensors()
 
 
+def gradients(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The gradients, taken away."""
+    found = {}
+    for key, tensor in weights.items():
+        assert tensor.grad is not None, key
+        found[key], tensor.grad = tensor.grad, None
+    return found
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["apart", "shared prefix"])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_loss_and_gradients_equal_padded_transformers(architecture: str, tmp_path: Path) -> None:
-    base = tiny_base(architecture, tmp_path)
-    with_lora(base)
-    rows = examples(base)
-    loss = step_loss(base, rows)
-    ours = {k: p.grad.clone() for k, p in adapter_parameters(base.model, "default").items()}
-    base.model.zero_grad()
+def test_loss_and_gradients_equal_padded_peft(architecture: str, shared: bool, tmp_path: Path) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    base = tiny_base(architecture, tmp_path / "base")
+    rows = examples(base, system="answer with one word, the first" if shared else None)
+    assert base.packs
+    assert (shared_prefix([row.prompt for row in rows]) >= 8) == shared
+    with with_lora(base) as weights:
+        loss = step_loss(base, rows)
+        ours = gradients(weights)
+        _save_adapter(base, base.lora.adapters["default"], targets(base), tmp_path / "adapter")
 
     width = max(map(len, rows))
     ids = torch.full((len(rows), width), base.pad_id)
     labels, mask = torch.full_like(ids, -100), torch.zeros_like(ids)
-    for i, row in enumerate(rows):  # plain padding and transformers' own loss
+    for i, row in enumerate(rows):  # plain padding, peft's layers and transformers' own loss
         ids[i, : len(row)] = torch.tensor(row.prompt + row.target)
         labels[i, len(row.prompt) : len(row)] = torch.tensor(row.target)
         mask[i, : len(row)] = 1
-    reference = base.model(input_ids=ids, attention_mask=mask, labels=labels).loss
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
+    peft = PeftModel.from_pretrained(plain, tmp_path / "adapter", is_trainable=True).eval()
+    reference = peft(input_ids=ids, attention_mask=mask, labels=labels).loss
     reference.backward()
+    theirs = {k.replace(".default.", "."): p.grad for k, p in peft.named_parameters() if "lora_" in k}
 
-    assert loss == pytest.approx(float(reference), abs=1e-4)
-    for key, parameter in adapter_parameters(base.model, "default").items():
-        scale = float(parameter.grad.abs().max())
+    assert loss == pytest.approx(reference.item(), abs=1e-4)
+    assert theirs.keys() == ours.keys()
+    for key, gradient in theirs.items():
+        scale = float(gradient.abs().max())
         assert scale > 0, key
-        assert float((ours[key] - parameter.grad).abs().max()) < 1e-4 * max(1.0, scale), key
+        assert float((ours[key] - gradient).abs().max()) < 1e-4 * scale, key
 
 
-def test_micro_batches_do_not_change_the_gradient(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    base = tiny_base("llama", tmp_path)
-    with_lora(base)
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_neither_micro_batches_nor_checkpoints_nor_padding_change_the_gradient(
+    architecture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = tiny_base(architecture, tmp_path)
     rows = examples(base)
-    step_loss(base, rows)
-    whole = {k: p.grad.clone() for k, p in adapter_parameters(base.model, "default").items()}
-    base.model.zero_grad()
-    monkeypatch.setattr(training, "MICRO_BATCH_TOKENS", 40)
-    step_loss(base, rows)
-    for key, parameter in adapter_parameters(base.model, "default").items():
-        torch.testing.assert_close(parameter.grad, whole[key], atol=1e-5, rtol=1e-4)
+    longest = max(map(len, rows))
+    with with_lora(base) as weights:
+        step_loss(base, rows)
+        whole = gradients(weights)
+        passes = []
+        embeddings = base.model.get_input_embeddings()
+        embeddings.register_forward_pre_hook(lambda module, args: passes.append(args[0].shape[1]))
+        for budget in (
+            2 * longest,
+            longest - 1,
+        ):  # several examples at a time; one, with gradient checkpoints
+            monkeypatch.setattr(training, "MICRO_BATCH_TOKENS", budget)
+            passes.clear()
+            step_loss(base, rows)
+            assert len(passes) > 1 and max(passes) <= max(budget, longest)
+            for key, gradient in gradients(weights).items():
+                torch.testing.assert_close(gradient, whole[key], atol=1e-5, rtol=1e-4)
+        monkeypatch.setattr(base, "packs", False)
+        step_loss(base, rows)
+        for key, gradient in gradients(weights).items():
+            torch.testing.assert_close(gradient, whole[key], atol=1e-5, rtol=1e-4)
+
+
+def test_logits_are_computed_a_few_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = tiny_base("llama", tmp_path)
+    rows = examples(base)
+    with with_lora(base) as weights:
+        loss, whole = step_loss(base, rows), gradients(weights)
+        sizes = []
+        base.model.get_output_embeddings().register_forward_hook(lambda m, a, out: sizes.append(out.numel()))
+        monkeypatch.setattr(forward, "LOGITS", 3 * base.vocabulary)
+        assert step_loss(base, rows) == pytest.approx(loss, abs=1e-6)
+        assert len(sizes) > 3 and max(sizes) == 3 * base.vocabulary
+        for key, gradient in gradients(weights).items():
+            torch.testing.assert_close(gradient, whole[key], atol=1e-6, rtol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -197,7 +262,7 @@ def test_an_adapter_of_another_base_or_with_bad_weights_is_refused(tmp_path: Pat
         save_file(tensors, out / "adapter_model.safetensors")
         with pytest.raises(IncompatibleAdapter, match=message):
             base.attach("x", out)
-        assert not base.adapters and not hasattr(base.model, "peft_config")
+        assert not base.adapters and not base.lora.adapters
 
 
 def test_bad_examples_name_the_row(tmp_path: Path) -> None:
@@ -226,7 +291,7 @@ def test_every_epoch_sees_every_example_once_within_the_budget(lengths, budget, 
     plan = plan_batches(lengths, AdapterRecipe(epochs=epochs, batch_tokens=budget, seed=seed))
     assert plan == plan_batches(lengths, AdapterRecipe(epochs=epochs, batch_tokens=budget, seed=seed))
     for batch in plan:
-        assert len(batch) == 1 or max(lengths[i] for i in batch) * len(batch) <= budget
+        assert len(batch) == 1 or sum(lengths[i] for i in batch) <= budget
     counts = [sum(batch.count(i) for batch in plan) for i in range(len(lengths))]
     if epochs == int(epochs):
         assert counts == [int(epochs)] * len(lengths)

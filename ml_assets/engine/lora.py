@@ -1,0 +1,318 @@
+"""LoRA on the linear layers of a transformers model: many adapters, one of them, or one for each row.
+
+`LoraLayers` replaces the forward pass of the target modules, which stay where they are. The low-rank product
+is added in place to the frozen one, and its backward pass is written out, so that a layer with LoRA costs
+little more than the layer alone. Files are in peft's format. LoRA: Hu et al. 2021, arXiv 2106.09685;
+activated LoRA: Greenewald et al. 2025, arXiv 2504.12397. Adapters of several rows in one product: Chen et al.
+2023 (Punica), arXiv 2310.18547.
+"""
+
+import contextlib
+import math
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ml_assets.artifacts import read_json
+
+UNSUPPORTED = (
+    "use_dora",
+    "rank_pattern",
+    "alpha_pattern",
+    "modules_to_save",
+    "layers_to_transform",
+    "exclude_modules",
+    "lora_bias",
+)
+"""Options of peft whose mathematics is not that of this module; an adapter that uses one is refused."""
+
+
+class IncompatibleAdapter(Exception):
+    """An adapter was made for another base, or its files do not fit the model; the message says how."""
+
+
+@dataclass
+class Adapter:
+    """One adapter. `weights` has (A, B) by module name: A is (rank, in), B is (out, rank). `invocation` are
+    the tokens from which an activated LoRA works; None for LoRA, which works on every token."""
+
+    rank: int
+    scaling: float
+    weights: dict[str, tuple[torch.Tensor, torch.Tensor]]
+    invocation: list[int] | None = None
+    dropout: float = 0.0
+
+    def named_tensors(self) -> dict[str, torch.Tensor]:
+        """The weights under the names that peft gives them in a file, in model order."""
+        return {
+            f"base_model.model.{name}.lora_{letter}.weight": tensor
+            for name, pair in self.weights.items()
+            for letter, tensor in zip("AB", pair, strict=True)
+        }
+
+
+@dataclass(frozen=True)
+class Route:
+    """Which adapters a forward pass uses. `mask` (B or 1, T or 1, sum of ranks) says on which tokens; None
+    stands for all of them."""
+
+    names: tuple[str, ...] = ()
+    mask: torch.Tensor | None = None
+    training: bool = False
+
+
+@dataclass
+class LoraLayers:
+    """The adapters on one model. Not thread-safe: one thread computes with a model."""
+
+    model: nn.Module
+    adapters: dict[str, Adapter] = field(default_factory=dict)
+    route: Route = field(default_factory=Route)
+    _layers: dict[str, "_Layer"] = field(default_factory=dict)
+
+    def add(self, name: str, adapter: Adapter) -> None:
+        if name in self.adapters:
+            raise ValueError(f"an adapter named {name!r} is attached already")
+        self.adapters[name] = adapter
+        for target in adapter.weights:
+            if target not in self._layers:
+                self._layers[target] = _Layer(self, target, self.model.get_submodule(target))
+
+    def remove(self, name: str) -> None:
+        del self.adapters[name]
+        used = {target for adapter in self.adapters.values() for target in adapter.weights}
+        for target in list(self._layers):
+            self._layers[target].stacks.clear()
+            if target not in used:
+                self._layers.pop(target).restore()
+
+    @contextlib.contextmanager
+    def routed(self, route: Route) -> Iterator[None]:
+        """Inside, the model runs with these adapters."""
+        unknown = sorted(set(route.names) - self.adapters.keys())
+        if unknown:
+            raise KeyError(f"no adapter named {unknown[0]!r} is attached; attached: {sorted(self.adapters)}")
+        before, self.route = self.route, route
+        try:
+            yield
+        finally:
+            self.route = before
+
+    def for_rows(self, names: Sequence[str | None], lengths: Sequence[int] | None = None) -> Route:
+        """Route for a batch whose row i runs with adapter `names[i]`, None for the bare base.
+
+        With `lengths`, for rows of so many tokens one after the other in one sequence; without, for (B, T).
+        """
+        distinct = tuple(dict.fromkeys(name for name in names if name is not None))
+        if not distinct or (len(distinct) == 1 and None not in names):
+            return Route(distinct)
+        ranks = [self.adapters[name].rank for name in distinct]
+        starts = {name: sum(ranks[:i]) for i, name in enumerate(distinct)}
+        some = next(iter(self.adapters[distinct[0]].weights.values()))[0]
+        mask = torch.zeros(len(names), 1, sum(ranks), dtype=some.dtype)
+        for row, name in enumerate(names):
+            if name is not None:
+                mask[row, 0, starts[name] : starts[name] + self.adapters[name].rank] = 1
+        if lengths is not None:
+            mask = mask[:, 0].repeat_interleave(torch.tensor(lengths), dim=0)[None]
+        return Route(distinct, mask.to(some.device))
+
+
+class _Layer:
+    """One linear module with LoRA."""
+
+    def __init__(self, layers: LoraLayers, name: str, module: nn.Module):
+        self.layers, self.name, self.module = layers, name, module
+        self.in_features, self.out_features, self.transposed = linear_shape(module)
+        self.stacks: dict[tuple[str, ...], tuple[torch.Tensor, torch.Tensor]] = {}
+        self.plain = module.forward
+        module.forward = self.forward
+
+    def restore(self) -> None:
+        del self.module.forward
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        route = self.layers.route
+        if not route.names:
+            return self.plain(x)
+        if route.training:
+            return self._train(x, self.layers.adapters[route.names[0]], route.mask)
+        stack = self._stack(route.names)
+        if stack is None:
+            return self.plain(x)
+        a, b = stack
+        y = self.plain(x)
+        h = torch.nn.functional.linear(x, a)
+        if route.mask is not None:
+            h = h * route.mask
+        return y.view(-1, self.out_features).addmm_(h.view(-1, h.shape[-1]), b).view_as(y)
+
+    def _stack(self, names: tuple[str, ...]) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """A (R, in) and scaled B (R, out) of these adapters one above the other."""
+        if names not in self.stacks:
+            adapters = [self.layers.adapters[name] for name in names]
+            if len(names) == 1 and self.name not in adapters[0].weights:
+                return None
+            if len(self.stacks) >= 4:
+                self.stacks.pop(next(iter(self.stacks)))
+            pairs = [adapter.weights.get(self.name) for adapter in adapters]
+            some = next(pair for pair in pairs if pair is not None)[0]
+            rows_a, rows_b = [], []
+            for adapter, pair in zip(adapters, pairs, strict=True):
+                if pair is None:
+                    rows_a.append(some.new_zeros(adapter.rank, self.in_features))
+                    rows_b.append(some.new_zeros(adapter.rank, self.out_features))
+                else:
+                    rows_a.append(pair[0].detach())
+                    rows_b.append(pair[1].detach().T * adapter.scaling)
+            self.stacks[names] = torch.cat(rows_a), torch.cat(rows_b).contiguous()
+        return self.stacks[names]
+
+    def _train(self, x: torch.Tensor, adapter: Adapter, mask: torch.Tensor | None) -> torch.Tensor:
+        pair = adapter.weights.get(self.name)
+        if pair is None:
+            return self.plain(x)
+        if adapter.dropout:
+            dropped = torch.nn.functional.dropout(x, adapter.dropout)
+            h = torch.nn.functional.linear(dropped, pair[0]) * adapter.scaling
+            if mask is not None:
+                h = h * mask
+            return self.plain(x) + torch.nn.functional.linear(h, pair[1])
+        weight = self.module.weight.T if self.transposed else self.module.weight
+        return _TrainedLinear.apply(x, weight, self.module.bias, *pair, adapter.scaling, mask)
+
+
+class _TrainedLinear(torch.autograd.Function):
+    """x W' + bias + scaling (x A' * mask) B' with gradients for x, A and B; W and bias are frozen."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Any, weight: Any, bias: Any, a: Any, b: Any, scaling: float, mask: Any) -> Any:
+        flat = x.reshape(-1, x.shape[-1])
+        h = flat @ a.T
+        if mask is not None:
+            h = h * mask.reshape(-1, mask.shape[-1])
+        y = torch.nn.functional.linear(flat, weight, bias).addmm_(h, b.T, alpha=scaling)
+        ctx.save_for_backward(flat, weight, a, b, h, mask)
+        ctx.scaling = scaling
+        return y.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        flat, weight, a, b, h, mask = ctx.saved_tensors
+        shape = gradients[0].shape[:-1]
+        dy = gradients[0].reshape(-1, gradients[0].shape[-1])
+        dh = (dy @ b).mul_(ctx.scaling)
+        if mask is not None:
+            dh = dh * mask.reshape(-1, mask.shape[-1])
+        da = dh.T @ flat
+        db = (dy.T @ h).mul_(ctx.scaling)
+        dx = (dy @ weight).addmm_(dh, a).view(*shape, -1) if ctx.needs_input_grad[0] else None
+        return dx, None, None, da, db, None, None
+
+
+def linear_shape(module: nn.Module) -> tuple[int, int, bool]:
+    """(in, out, transposed) of a linear module: torch's, or GPT-2's Conv1D, which keeps (in, out) weights.
+    Raises TypeError for another kind of module."""
+    from transformers.pytorch_utils import Conv1D
+
+    if isinstance(module, Conv1D):
+        return (*module.weight.shape, True)
+    if isinstance(module, nn.Linear):
+        return module.in_features, module.out_features, False
+    raise TypeError(f"LoRA needs a linear layer, found {type(module).__name__}")
+
+
+def target_modules(model: nn.Module, targets: Iterable[str] | str) -> list[str]:
+    """Names of the modules that these suffixes, or this regular expression, select by peft's rule, in model
+    order."""
+    if isinstance(targets, str):
+        return [name for name, _ in model.named_modules() if re.fullmatch(targets, name)]
+    wanted = tuple(targets)
+    dotted = tuple(f".{target}" for target in wanted)
+    return [name for name, _ in model.named_modules() if name in wanted or name.endswith(dotted)]
+
+
+def new_adapter(
+    model: nn.Module, targets: Iterable[str], rank: int, alpha: float, dropout: float, dtype: torch.dtype
+) -> Adapter:
+    """A fresh adapter as peft initializes it (A from Kaiming's uniform distribution, B zero), drawn from
+    torch's global generator. Raises IncompatibleAdapter when no module has one of the names."""
+    weights: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+    names = target_modules(model, targets)
+    if not names:
+        raise IncompatibleAdapter(f"the model has no module named {sorted(targets)}")
+    for name in names:
+        module = model.get_submodule(name)
+        inner, outer, _ = linear_shape(module)
+        a = torch.empty(rank, inner)
+        nn.init.kaiming_uniform_(a, a=math.sqrt(5))
+        device = module.weight.device
+        weights[name] = (a.to(device, dtype), torch.zeros(outer, rank, device=device, dtype=dtype))  # type: ignore[call-overload]
+    return Adapter(rank, alpha / rank, weights, dropout=dropout)
+
+
+def read_adapter(model: nn.Module, directory: Path, dtype: torch.dtype, device: torch.device) -> Adapter:
+    """Read `adapter_config.json` and `adapter_model.safetensors` (peft's format) for this model.
+
+    Raises IncompatibleAdapter when the configuration asks for more than LoRA, or a weight is missing,
+    unexpected, of another shape, or not a finite number.
+    """
+    from safetensors.torch import load_file
+
+    config = read_json(directory / "adapter_config.json")
+    if config.get("peft_type") != "LORA" or config.get("bias", "none") != "none":
+        raise IncompatibleAdapter(f"{directory}: expected peft_type LORA without bias, found another kind")
+    for option in UNSUPPORTED:
+        if config.get(option):
+            raise IncompatibleAdapter(f"{directory}: {option} is set, which is not supported")
+    rank = config["r"]
+    divisor = math.sqrt(rank) if config.get("use_rslora") else rank
+    weights: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+    for name in target_modules(model, config["target_modules"]):
+        inner, outer, _ = linear_shape(model.get_submodule(name))
+        weights[name] = (torch.empty(rank, inner), torch.empty(outer, rank))
+    adapter = Adapter(rank, config["lora_alpha"] / divisor, weights, config.get("alora_invocation_tokens"))
+    found, wanted = load_file(directory / "adapter_model.safetensors"), adapter.named_tensors()
+    missing, unexpected = sorted(wanted.keys() - found.keys()), sorted(found.keys() - wanted.keys())
+    if missing or unexpected:
+        raise IncompatibleAdapter(
+            f"{directory}: weights do not fit the model: missing {missing[:3]}, unexpected {unexpected[:3]}"
+        )
+    for key, expected in wanted.items():
+        tensor = found[key]
+        if tensor.shape != expected.shape:
+            raise IncompatibleAdapter(
+                f"{directory}: {key} has shape {tuple(tensor.shape)}, expected {tuple(expected.shape)}"
+            )
+        if not bool(torch.isfinite(tensor).all()):
+            raise IncompatibleAdapter(f"{directory}: {key} holds values that are not finite numbers")
+    for name in adapter.weights:
+        a, b = (found[f"base_model.model.{name}.lora_{letter}.weight"] for letter in "AB")
+        adapter.weights[name] = (a.to(device, dtype), b.to(device, dtype))
+    return adapter
+
+
+def adapter_config(
+    model: nn.Module, adapter: Adapter, targets: Iterable[str], revision: str
+) -> dict[str, Any]:
+    """What peft's `LoraConfig.from_pretrained` reads. `revision` is noted as the base's name."""
+    config: dict[str, Any] = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": revision,
+        "r": adapter.rank,
+        "lora_alpha": adapter.scaling * adapter.rank,
+        "lora_dropout": adapter.dropout,
+        "target_modules": sorted(targets),
+        "bias": "none",
+        "fan_in_fan_out": all(linear_shape(model.get_submodule(name))[2] for name in adapter.weights),
+        "inference_mode": True,
+    }
+    if adapter.invocation is not None:
+        config["alora_invocation_tokens"] = list(adapter.invocation)
+    return config

@@ -1,0 +1,430 @@
+"""Sequences one after the other in one forward pass, without padding in the linear layers.
+
+A `Packing` holds a prefix that all sequences share (computed once) and the sequences, each of which sees the
+prefix, keys and values of its own past if it has one, and itself. Models take part through transformers'
+attention interface, so that this works for every architecture that uses it; `packs` finds out by comparing.
+Packing with block-diagonal attention: Krell et al. 2021, arXiv 2107.02027. Shared prefix: Juravsky et al.
+2024, arXiv 2402.05099.
+"""
+
+import contextlib
+import inspect
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+INTERFACE = "evergreen"
+"""Name under which `attend` is registered with transformers."""
+
+GROUP_WASTE = 1.2
+"""Sequences are padded together for attention while that takes at most this many times their own tokens."""
+
+KeyValues = dict[torch.nn.Module, tuple[torch.Tensor, torch.Tensor]]
+"""Keys (with positions applied) and values by attention module: (rows, heads, tokens, size) each."""
+
+_current: "Packing | None" = None
+
+
+@dataclass
+class Past:
+    """Keys and values before each sequence: `lengths[i]` tokens of row i of `values` count, from the left."""
+
+    values: KeyValues
+    lengths: list[int]
+
+
+class Packing:
+    """Sequences in one forward pass.
+
+    Args:
+        sequences: token ids, at least one each.
+        prefix: tokens before every sequence.
+        past: what each sequence sees between the prefix and itself.
+        capture: keep keys and values of prefix and sequences: see `captured`.
+    """
+
+    def __init__(
+        self,
+        sequences: Sequence[Sequence[int]],
+        device: torch.device,
+        *,
+        prefix: Sequence[int] = (),
+        past: Past | None = None,
+        capture: bool = False,
+    ):
+        if past is not None and prefix:
+            raise ValueError("expected a prefix or a past, found both")
+        self.lengths = [len(sequence) for sequence in sequences]
+        self.prefix = len(prefix)
+        self.past = past
+        offsets = past.lengths if past is not None else [self.prefix] * len(sequences)
+        ids = [*prefix, *(token for sequence in sequences for token in sequence)]
+        positions = list(range(self.prefix))
+        for offset, length in zip(offsets, self.lengths, strict=True):
+            positions += range(offset, offset + length)
+        self.input_ids = torch.tensor([ids], device=device)
+        self.position_ids = torch.tensor([positions], device=device)
+        self.starts = [self.prefix]
+        for length in self.lengths[:-1]:
+            self.starts.append(self.starts[-1] + length)
+        self.groups = _groups(self.lengths, self.starts, offsets, device)
+        self.captured: KeyValues | None = {} if capture else None
+        """With `capture`, keys and values of all tokens, (1, heads, tokens, size), after the forward pass."""
+
+    @contextlib.contextmanager
+    def applied(self) -> Iterator[None]:
+        """Inside, models whose attention is `attend` compute this packing. Keep it open for the backward
+        pass of a checkpointed forward."""
+        global _current
+        before, _current = _current, self
+        try:
+            yield
+        finally:
+            _current = before
+
+
+class _Group:
+    """Neighbouring sequences whose attention is computed together: `rows` x `width` tokens with padding."""
+
+    def __init__(self, rows: range, lengths: list[int], start: int, offsets: list[int], device: torch.device):
+        self.rows, self.start, self.tokens = rows, start, sum(lengths)
+        self.width = max(lengths)
+        self.even = self.tokens == self.width * len(rows)
+        self.device = device
+        self.offsets = torch.tensor(offsets, device=device)
+        length = torch.tensor(lengths, device=device)
+        column = torch.arange(self.width, device=device)
+        inside = column < length[:, None]
+        first = torch.cumsum(length, 0) - length
+        self._tokens = torch.where(inside, first[:, None] + column, 0)  # (rows, width) -> token
+        self._slots = inside.flatten().nonzero()[:, 0]  # token -> row x width
+        self._index: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._masks: dict[Any, torch.Tensor] = {}
+
+    def index(self, heads: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Where (rows, heads, width) comes from in (heads, tokens), and the way back."""
+        if heads not in self._index:
+            head = torch.arange(heads, device=self.device)
+            there = head[None, :, None] * self.tokens + self._tokens[:, None]
+            row, column = self._slots // self.width, self._slots % self.width
+            back = (row * heads)[None] * self.width + head[:, None] * self.width + column[None]
+            self._index[heads] = there.flatten(), back.flatten()
+        return self._index[heads]
+
+    def mask(self, before: int, past: torch.Tensor | None, window: int | None, dtype: torch.dtype) -> Any:
+        """0 or -inf, (rows, 1, width, before + width): `before` tokens of prefix or past, then the row
+        itself. `past` (rows,) says how many of a padded past count."""
+        key = (before, window, dtype)
+        if key not in self._masks:
+            column = torch.arange(self.width, device=self.device)
+            query = self.offsets[:, None] + column  # positions (rows, width)
+            early = torch.arange(before, device=self.device).expand(len(self.rows), -1)
+            seen = early < past[:, None] if past is not None else torch.ones_like(early, dtype=torch.bool)
+            visible = torch.cat(
+                [
+                    seen[:, None].expand(-1, self.width, -1),
+                    (column <= column[:, None]).expand(len(self.rows), -1, -1),
+                ],
+                dim=-1,
+            )
+            if window is not None:
+                position = torch.cat([early, query], dim=-1)
+                visible = visible & (query[:, :, None] - position[:, None] < window)
+            blocked = torch.zeros(visible.shape, dtype=dtype, device=self.device)
+            self._masks[key] = blocked.masked_fill_(~visible, float("-inf"))[:, None]
+        return self._masks[key]
+
+
+def _groups(lengths: list[int], starts: list[int], offsets: list[int], device: torch.device) -> list[_Group]:
+    groups: list[_Group] = []
+    first = 0
+    for i in range(1, len(lengths) + 1):
+        part = lengths[first : i + 1]
+        if i == len(lengths) or max(part) * len(part) > GROUP_WASTE * sum(part) + 16:
+            groups.append(_Group(range(first, i), lengths[first:i], starts[first], offsets[first:i], device))
+            first = i
+    return groups
+
+
+# -- attention -----------------------------------------------------------------------------------------
+
+
+def register() -> None:
+    """Make `attend` known to transformers; `model.set_attn_implementation(INTERFACE)` uses it."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
+    def no_mask_when_packed(*args: Any, **kwargs: Any) -> Any:
+        return None if _current is not None else sdpa_mask(*args, **kwargs)
+
+    AttentionInterface.register(INTERFACE, attend)
+    AttentionMaskInterface.register(INTERFACE, no_mask_when_packed)
+
+
+def attend(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention of the packing in use: query (1, heads, tokens, size), key and value with heads or a divisor
+    of them; returns (1, tokens, heads, size). Without a packing, what transformers' own functions compute."""
+    if _current is None:
+        return _usual(
+            module,
+            query,
+            key,
+            value,
+            attention_mask,
+            scaling,
+            dropout,
+            sliding_window,
+            softcap,
+            s_aux,
+            kwargs,
+        )
+    if kwargs.get("position_bias") is not None:
+        raise NotImplementedError("position bias in packed attention")
+    packing, prefix = _current, _current.prefix
+    scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+    if packing.captured is not None:
+        packing.captured[module] = key, value
+    options = _Options(scale, dropout if module.training else 0.0, softcap, s_aux)
+    q, k, v = query[0], key[0], value[0]
+    parts: list[torch.Tensor] = []
+    if prefix:
+        whole = _Group(range(1), [prefix], 0, [0], query.device)
+        mask = whole.mask(0, None, sliding_window, query.dtype)
+        out = _scores(q[None, :, :prefix], k[None, :, :prefix], v[None, :, :prefix], mask, options)
+        parts.append(out[0])
+    for group in packing.groups:
+        here = slice(group.start, group.start + group.tokens)
+        qg = _gather(q[:, here], group)
+        kg, vg = _gather(k[:, here], group), _gather(v[:, here], group)
+        before, counts = 0, None
+        if prefix:
+            before = prefix
+            n = len(group.rows)
+            kg = torch.cat([k[None, :, :prefix].expand(n, -1, -1, -1), kg], dim=2)
+            vg = torch.cat([v[None, :, :prefix].expand(n, -1, -1, -1), vg], dim=2)
+        elif packing.past is not None:
+            counts = group.offsets
+            before = max(packing.past.lengths[group.rows.start : group.rows.stop])
+            pk, pv = packing.past.values[module]
+            rows = slice(group.rows.start, group.rows.stop)
+            kg = torch.cat([pk[rows, :, :before], kg], dim=2)
+            vg = torch.cat([pv[rows, :, :before], vg], dim=2)
+        mask = group.mask(before, counts, sliding_window, query.dtype)
+        parts.append(_scatter(_scores(qg, kg, vg, mask, options), group))
+    out = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+    return out.transpose(0, 1)[None].contiguous(), None
+
+
+@dataclass(frozen=True)
+class _Options:
+    scale: float
+    dropout: float
+    softcap: float | None
+    sinks: torch.Tensor | None
+
+
+def _scores(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor, o: _Options
+) -> torch.Tensor:
+    """Attention of q (n, H, L, D) to k, v (n, H or a divisor, S, D) under mask (n, 1, L, S)."""
+    n, heads, width, size = q.shape
+    shared = k.shape[1]
+    q = q.reshape(n * shared, heads // shared * width, size)
+    scores = torch.bmm(q, k.reshape(n * shared, -1, size).transpose(1, 2)) * o.scale
+    scores = scores.view(n, heads, width, -1)
+    if o.softcap is not None:
+        scores = torch.tanh(scores / o.softcap) * o.softcap
+    scores = scores + mask
+    if o.sinks is not None:
+        scores = torch.cat([scores, o.sinks.reshape(1, -1, 1, 1).expand(n, -1, width, 1)], dim=-1)
+    weights = torch.softmax(scores, dim=-1)
+    if o.sinks is not None:
+        weights = weights[..., :-1]
+    if o.dropout:
+        weights = torch.nn.functional.dropout(weights, o.dropout)
+    out = torch.bmm(weights.view(n * shared, -1, weights.shape[-1]), v.reshape(n * shared, -1, v.shape[-1]))
+    return out.view(n, heads, width, -1)
+
+
+class _Permute(torch.autograd.Function):
+    """Rows of x by index; the backward pass takes rows by the inverse, so that nothing is added up."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Any, there: Any, back: Any) -> Any:
+        ctx.save_for_backward(back)
+        return x[there]
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        return gradients[0][ctx.saved_tensors[0]], None, None
+
+
+def _gather(x: torch.Tensor, group: _Group) -> torch.Tensor:
+    """(heads, tokens, size) to (rows, heads, width, size); padding repeats some token."""
+    heads, tokens, size = x.shape
+    if group.even:
+        return x.reshape(heads, len(group.rows), group.width, size).transpose(0, 1)
+    there, back = group.index(heads)
+    out = _Permute.apply(x.reshape(heads * tokens, size), there, back)
+    return out.view(len(group.rows), heads, group.width, size)  # type: ignore[union-attr]
+
+
+def _scatter(x: torch.Tensor, group: _Group) -> torch.Tensor:
+    """(rows, heads, width, size) to (heads, tokens, size)."""
+    rows, heads, width, size = x.shape
+    if group.even:
+        return x.transpose(0, 1).reshape(heads, rows * width, size)
+    there, back = group.index(heads)
+    return _Unpad.apply(x.reshape(-1, size), there, back).view(heads, group.tokens, size)  # type: ignore[union-attr]
+
+
+class _Unpad(torch.autograd.Function):
+    """Drops padding; the backward pass puts zeros there."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Any, there: Any, back: Any) -> Any:
+        ctx.save_for_backward(back)
+        ctx.shape = x.shape
+        return x[back]
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        full = gradients[0].new_zeros(ctx.shape)
+        full[ctx.saved_tensors[0]] = gradients[0]
+        return full, None, None
+
+
+def _usual(
+    module: Any,
+    q: Any,
+    k: Any,
+    v: Any,
+    mask: Any,
+    scaling: Any,
+    dropout: Any,
+    window: Any,
+    softcap: Any,
+    s_aux: Any,
+    extra: dict[str, Any],
+) -> Any:
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    if softcap is None and s_aux is None:
+        extra = {**extra, "sliding_window": window}
+        return sdpa_attention_forward(module, q, k, v, mask, dropout=dropout, scaling=scaling, **extra)
+    visible = mask if mask is not None else _causal(q.shape[2], k.shape[2], q.device)
+    blocked = torch.zeros(visible.shape, dtype=q.dtype, device=q.device)
+    blocked = blocked.masked_fill_(~visible, torch.finfo(q.dtype).min)
+    scale = scaling if scaling is not None else q.shape[-1] ** -0.5
+    options = _Options(scale, dropout if module.training else 0.0, softcap, s_aux)
+    return _scores(q, k, v, blocked, options).transpose(1, 2).contiguous(), None
+
+
+def _causal(width: int, total: int, device: torch.device) -> torch.Tensor:
+    column = torch.arange(total, device=device)
+    return (column <= column[total - width :, None])[None, None]
+
+
+# -- models --------------------------------------------------------------------------------------------
+
+
+def body(model: Any) -> Any:
+    """The part of a causal language model that ends with hidden states."""
+    return getattr(model, model.base_model_prefix)
+
+
+def hidden_states(model: Any, packing: Packing) -> torch.Tensor:
+    """Last hidden states (tokens, size) of the packing's tokens, prefix first."""
+    with packing.applied():
+        return body(model)(
+            input_ids=packing.input_ids, position_ids=packing.position_ids, use_cache=False
+        ).last_hidden_state[0]
+
+
+def logits_of(model: Any, hidden: torch.Tensor) -> torch.Tensor:
+    """Logits (N, V) of hidden states (N, size): the model's own head and whatever it does behind it."""
+    inner = body(model)
+    ids = torch.zeros(1, len(hidden), dtype=torch.long, device=hidden.device)
+    before = inner.__dict__.get("forward")
+    inner.forward = lambda *args, **kwargs: _BodyOutput(hidden[None])
+    try:
+        return model(input_ids=ids, use_cache=False).logits[0]
+    finally:
+        del inner.forward
+        if before is not None:
+            inner.forward = before
+
+
+class _BodyOutput:
+    """What a body returns, to the head behind it: nothing but hidden states."""
+
+    def __init__(self, hidden: torch.Tensor):
+        self.last_hidden_state = hidden
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("__"):
+            raise AttributeError(name)
+
+    def __getitem__(self, index: Any) -> Any:
+        return (self.last_hidden_state,)[index]
+
+
+@torch.inference_mode()
+def packs(model: Any) -> bool:
+    """Whether this model computes the same packed as alone: found by computing, in its own number format."""
+    register()
+    model.set_attn_implementation(INTERFACE)
+    if "position_ids" not in inspect.signature(type(body(model)).forward).parameters:
+        return False
+    size = model.get_input_embeddings().weight.shape[0]
+    prefix, *rows = [
+        [(7 * i * i + 3 * i + start) % size for i in range(n)] for start, n in ((5, 4), (11, 6), (2, 3))
+    ]
+    device = model.device
+    try:
+        alone = [model(input_ids=torch.tensor([prefix + row], device=device)).logits[0, 4:] for row in rows]
+        packing = Packing(rows, device, prefix=prefix, capture=True)
+        hidden = hidden_states(model, packing)[4:]
+        with_past = Packing([row[2:] for row in rows], device, past=_past_of(packing, 2))
+        again = hidden_states(model, with_past)
+        found = [logits_of(model, hidden), logits_of(model, again)]
+    except (AttributeError, KeyError, IndexError, NotImplementedError, RuntimeError, TypeError, ValueError):
+        return False
+    expected = [torch.cat(alone), torch.cat([part[2:] for part in alone])]
+    limit = 1e-3 if model.dtype == torch.float32 else 3e-2
+    return all(
+        a.shape == b.shape and float((a.float() - b.float()).norm()) <= limit * float(a.float().norm())
+        for a, b in zip(expected, found, strict=True)
+    )
+
+
+def _past_of(packing: Packing, tokens: int) -> Past:
+    """The prefix and the first `tokens` of each sequence as a past."""
+    assert packing.captured is not None
+    values: KeyValues = {}
+    for module, pair in packing.captured.items():
+        k, v = (
+            torch.stack(
+                [
+                    torch.cat([x[0, :, : packing.prefix], x[0, :, start : start + tokens]], dim=1)
+                    for start in packing.starts
+                ]
+            )
+            for x in pair
+        )
+        values[module] = k, v
+    return Past(values, [packing.prefix + tokens] * len(packing.starts))
