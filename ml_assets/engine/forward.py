@@ -16,6 +16,7 @@ from ml_assets.engine.packing import Packing, body, logits_of
 
 if TYPE_CHECKING:
     from ml_assets.engine.loading import Base
+    from ml_assets.engine.prompt_cache import PromptCache
 
 Pair = tuple[Sequence[int], Sequence[int]]
 """Token ids of a prompt and of its answer, at least one each."""
@@ -28,14 +29,26 @@ LOGITS = 2**24
 
 
 def answer_log_probs(
-    base: "Base", pairs: Sequence[Pair], loss_scale: float | None = None
+    base: "Base",
+    pairs: Sequence[Pair],
+    loss_scale: float | None = None,
+    prompts: "PromptCache | None" = None,
 ) -> list[torch.Tensor]:
     """Log-probability (nats, float32) of each token of each answer, under the active adapter.
 
-    With `loss_scale`, the gradient of -loss_scale * (sum of all of them) is added to the parameters'.
+    With `loss_scale`, the gradient of -loss_scale * (sum of all of them) is added to the parameters'. With
+    `prompts`, what an activated adapter leaves to the base comes from there.
     """
     if not base.packs:
         return _padded(base, pairs, loss_scale)
+    if prompts is not None:
+        (name,) = base.lora.route.names
+        invocation = base.lora.adapters[name].invocation or []
+        heads = [prompt[: len(prompt) - len(invocation)] for prompt, _ in pairs]
+        sequences = [[*invocation, *answer[:-1]] for _, answer in pairs]
+        packing = Packing(sequences, base.device, past=prompts.past(heads))
+        firsts = [start + len(invocation) - 1 for start in packing.starts]
+        return packed_log_probs(base, packing, firsts, [answer for _, answer in pairs], loss_scale)
     prefix = shared_prefix([prompt for prompt, _ in pairs]) if base.dropout == 0 else 0
     sequences = [[*prompt[prefix:], *answer[:-1]] for prompt, answer in pairs]
     packing = Packing(sequences, base.device, prefix=pairs[0][0][:prefix])

@@ -104,6 +104,22 @@ class ChatFormat:
         """Token ids of an answer and the token that ends it."""
         return [*self._plain_text_ids(text), self.end_of_turn]
 
+    def invocation_ids(self) -> list[int]:
+        """Tokens that open an answer, the end of every prompt: from here on an activated LoRA works.
+
+        Raises ValueError when the chat template does not mark where an answer begins.
+        """
+        question = [{"role": "user", "content": "?"}]
+        whole, without = self.prompt_text(question), self.prompt_text(question, generation_prompt=False)
+        header = whole[len(without) :] if whole.startswith(without) else ""
+        ids = list(self.tokenizer(header, add_special_tokens=False)["input_ids"]) if header else []
+        if not ids or self.prompt_ids(question)[-len(ids) :] != ids:
+            raise ValueError(
+                "the chat template does not mark where an answer begins (add_generation_prompt), which an "
+                "activated LoRA needs; expected adapter.kind: lora for this base"
+            )
+        return ids
+
     def decode(self, ids: Sequence[int]) -> str:
         """Text of answer tokens, without special tokens and outer white space."""
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True)).strip()

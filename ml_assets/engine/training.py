@@ -19,6 +19,7 @@ from ml_assets.engine.checkpoint import load_checkpoint, save_checkpoint
 from ml_assets.engine.forward import answer_log_probs
 from ml_assets.engine.loading import Base
 from ml_assets.engine.lora import Adapter, Route, adapter_config, new_adapter
+from ml_assets.engine.prompt_cache import PromptCache
 from ml_assets.spec import AdapterRecipe
 
 TRAINING_VERSION = "2"
@@ -86,6 +87,7 @@ def train_lora(
     *,
     checkpoints: Path | None = None,
     checkpoint_seconds: float = 30.0,
+    prompt_cache: Path | None = None,
     on_progress: Callable[[Progress], None] | None = None,
 ) -> TrainResult:
     """Train a LoRA adapter on `base` and write `adapter_model.safetensors` and `adapter_config.json` to
@@ -97,6 +99,7 @@ def train_lora(
         checkpoints: folder for this training alone; an unfinished one continues from its last checkpoint and
             ends with the same bytes as an uninterrupted one.
         checkpoint_seconds: least time between two checkpoints; 0 saves at every step.
+        prompt_cache: folder for what the base computes for prompts (activated LoRA), shared by all trainings.
 
     Raises:
         BadExample: an example is empty or too long.
@@ -104,8 +107,10 @@ def train_lora(
     """
     _check_examples(examples, recipe.max_length or base.context_length)
     with lora_for_training(base, recipe, targets) as adapter:
+        _check_invocation(examples, adapter.invocation or [])
         weights = _FlatWeights(list(adapter.named_tensors().values()))
-        result = _run(base, examples, recipe, weights, checkpoints, checkpoint_seconds, on_progress)
+        prompts = PromptCache(base, prompt_cache) if adapter.invocation else None
+        result = _run(base, examples, recipe, weights, prompts, checkpoints, checkpoint_seconds, on_progress)
         _save_adapter(base, adapter, targets, output)
     return result
 
@@ -117,6 +122,13 @@ def lora_for_training(base: Base, recipe: AdapterRecipe, targets: Sequence[str])
         raise ValueError(f"train on a base without adapters; attached: {sorted(base.adapters)}")
     torch.manual_seed(recipe.seed)
     adapter = new_adapter(base.model, targets, recipe.rank, recipe.alpha, recipe.dropout, base.model.dtype)
+    if recipe.kind == "activated_lora":
+        if not base.packs:
+            raise ValueError(
+                f"{base.manifest['revision']}: keys and values of this architecture can't be kept, which an "
+                "activated LoRA needs; expected adapter.kind: lora for this base"
+            )
+        adapter.invocation = base.chat.invocation_ids()
     for tensor in adapter.named_tensors().values():
         tensor.requires_grad_(True)
     base.lora.add(ADAPTER, adapter)
@@ -162,15 +174,16 @@ def learning_rate(step: int, steps: int, recipe: AdapterRecipe) -> float:
     return recipe.learning_rate * (1 - done)
 
 
-def step_loss(base: Base, examples: Sequence[Example]) -> float:
+def step_loss(base: Base, examples: Sequence[Example], prompts: PromptCache | None = None) -> float:
     """Mean negative log-likelihood (nats) over the target tokens of one step's examples, taken in micro
-    batches; its gradient is added to the parameters'."""
+    batches; its gradient is added to the parameters'. With `prompts`, the adapter is an activated one, and
+    what comes before its invocation is not computed again."""
     total = sum(len(example.target) for example in examples)
     loss_sum = 0.0
     for rows in _micro_batches(examples, MICRO_BATCH_TOKENS):
         with _checkpointed(base, sum(map(len, rows)) > MICRO_BATCH_TOKENS):
             pairs = [(example.prompt, example.target) for example in rows]
-            values = answer_log_probs(base, pairs, loss_scale=1 / total)
+            values = answer_log_probs(base, pairs, loss_scale=1 / total, prompts=prompts)
         loss_sum -= float(torch.cat(values).sum()) / total
     return loss_sum
 
@@ -181,11 +194,11 @@ def _checkpointed(base: Base, wanted: bool) -> Iterator[None]:
     if not wanted:
         yield
         return
-    base.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    base.model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     try:
         yield
     finally:
-        base.model.gradient_checkpointing_disable()
+        base.model.activation_checkpointing_disable()
 
 
 # -- inside --------------------------------------------------------------------------------------------
@@ -196,6 +209,7 @@ def _run(
     examples: Sequence[Example],
     recipe: AdapterRecipe,
     weights: "_FlatWeights",
+    prompts: PromptCache | None,
     checkpoints: Path | None,
     checkpoint_seconds: float,
     on_progress: Callable[[Progress], None] | None,
@@ -222,7 +236,7 @@ def _run(
     for step in range(first, len(plan)):
         batch = [examples[i] for i in plan[step]]
         weights.clear_gradient()
-        loss = step_loss(base, batch)
+        loss = step_loss(base, batch, prompts)
         gradient = weights.gradient()
         norm = float(gradient.norm())
         if not math.isfinite(loss) or not math.isfinite(norm):
@@ -353,6 +367,16 @@ def _check_examples(examples: Sequence[Example], limit: int) -> None:
             f"{len(long)} of {len(examples)} examples exceed {limit} tokens (prompt + target): {shown}; "
             "shorten the prompt, leave the rows out, or raise adapter.max_length within the base's context"
         )
+
+
+def _check_invocation(examples: Sequence[Example], invocation: list[int]) -> None:
+    for example in examples:
+        start = len(example.prompt) - len(invocation)
+        if invocation and (start < 1 or example.prompt[start:] != invocation):
+            raise BadExample(
+                f"row {example.row}: expected a prompt that ends with the tokens that open an answer, "
+                f"{invocation}, found {example.prompt[-len(invocation) :]}"
+            )
 
 
 def _epoch_batches(lengths: Sequence[int], budget: int, rng: random.Random) -> list[list[int]]:

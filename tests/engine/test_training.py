@@ -17,6 +17,7 @@ from ml_assets.artifacts import sha256_file
 from ml_assets.engine import forward, training
 from ml_assets.engine.forward import shared_prefix
 from ml_assets.engine.loading import Base, IncompatibleAdapter
+from ml_assets.engine.prompt_cache import PromptCache
 from ml_assets.engine.training import (
     BadExample,
     Example,
@@ -53,8 +54,8 @@ def targets(base: Base) -> list[str]:
 
 
 @contextlib.contextmanager
-def with_lora(base: Base) -> Iterator[dict[str, torch.Tensor]]:
-    with lora_for_training(base, recipe(), targets(base)) as adapter:
+def with_lora(base: Base, **changes) -> Iterator[dict[str, torch.Tensor]]:
+    with lora_for_training(base, recipe(**changes), targets(base)) as adapter:
         for _, b in adapter.weights.values():  # zero at the start, which would leave A without a gradient
             torch.nn.init.normal_(b.detach(), std=0.05)
         base.model.apply(
@@ -103,6 +104,42 @@ def test_loss_and_gradients_equal_padded_peft(architecture: str, shared: bool, t
 
     assert loss == pytest.approx(reference.item(), abs=1e-4)
     assert theirs.keys() == ours.keys()
+    for key, gradient in theirs.items():
+        scale = float(gradient.abs().max())
+        assert scale > 0, key
+        assert float((ours[key] - gradient).abs().max()) < 1e-4 * scale, key
+
+
+@pytest.mark.parametrize("memory", [2**30, 0], ids=["in memory", "on disk"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_activated_lora_equals_peft(architecture: str, memory: int, tmp_path: Path) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    base = tiny_base(architecture, tmp_path / "base")
+    rows = examples(base)
+    prompts = PromptCache(base, tmp_path / "cache", memory)
+    with with_lora(base, kind="activated_lora") as weights:
+        assert step_loss(base, rows, prompts) == step_loss(base, rows, prompts)  # the second from the cache
+        gradients(weights)
+        again = PromptCache(base, tmp_path / "cache", memory)  # as another process would
+        loss = step_loss(base, rows, again)
+        ours = gradients(weights)
+        _save_adapter(base, base.lora.adapters["default"], targets(base), tmp_path / "adapter")
+    assert bool(list((tmp_path / "cache").rglob("*.kv"))) == (memory == 0)
+
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
+    peft = PeftModel.from_pretrained(plain, tmp_path / "adapter", is_trainable=True).eval()
+    total, reference = sum(len(row.target) for row in rows), 0.0
+    for row in rows:
+        ids = torch.tensor([row.prompt + row.target])
+        labels = ids.clone()
+        labels[0, : len(row.prompt)] = -100
+        part = peft(input_ids=ids, labels=labels).loss * len(row.target) / total
+        part.backward()
+        reference += part.item()
+    theirs = {k.replace(".default.", "."): p.grad for k, p in peft.named_parameters() if "lora_" in k}
+    assert loss == pytest.approx(reference, abs=1e-4)
     for key, gradient in theirs.items():
         scale = float(gradient.abs().max())
         assert scale > 0, key
