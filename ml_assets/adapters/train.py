@@ -108,6 +108,7 @@ def train_adapter(
             staging,
             checkpoints=checkpoints if reuse else None,
             checkpoint_seconds=checkpoint_seconds,
+            prompt_cache=home / "prompt_cache",
             on_progress=on_progress,
         )
         manifest = build_manifest(

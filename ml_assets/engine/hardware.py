@@ -47,7 +47,8 @@ def prepare_process() -> None:
     """Set threads and allocator for a process that computes. Call once before the first tensor."""
     torch.set_num_threads(threads())
     torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # 4% of a training step; nothing reads it
+    # 4% of a training step; nothing reads it
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     if platform.system() == "Linux" and platform.libc_ver()[0] == "glibc":
         # By default glibc maps and unmaps every tensor of more than 128 kB, and the page faults take a third
         # of a training step. Keep freed memory in the process instead.

@@ -221,7 +221,8 @@ def linear_shape(module: nn.Module) -> tuple[int, int, bool]:
     from transformers.pytorch_utils import Conv1D
 
     if isinstance(module, Conv1D):
-        return (*module.weight.shape, True)
+        inner, outer = module.weight.shape
+        return inner, outer, True
     if isinstance(module, nn.Linear):
         return module.in_features, module.out_features, False
     raise TypeError(f"LoRA needs a linear layer, found {type(module).__name__}")
