@@ -50,10 +50,26 @@ def answer_log_probs(
         firsts = [start + len(invocation) - 1 for start in packing.starts]
         return packed_log_probs(base, packing, firsts, [answer for _, answer in pairs], loss_scale)
     prefix = shared_prefix([prompt for prompt, _ in pairs]) if base.dropout == 0 else 0
+    starts = _invocations(base, pairs)
+    if starts is not None:
+        prefix = min(prefix, *starts)
     sequences = [[*prompt[prefix:], *answer[:-1]] for prompt, answer in pairs]
     packing = Packing(sequences, base.device, prefix=pairs[0][0][:prefix])
     firsts = [start + len(p) - prefix - 1 for start, (p, _) in zip(packing.starts, pairs, strict=True)]
-    return packed_log_probs(base, packing, firsts, [answer for _, answer in pairs], loss_scale)
+    route = base.lora.route
+    if starts is not None:
+        names = [None, *route.names * len(pairs)]
+        route = base.lora.for_rows(names, [prefix, *packing.lengths], [0, *(s - prefix for s in starts)])
+    with base.lora.routed(route):
+        return packed_log_probs(base, packing, firsts, [answer for _, answer in pairs], loss_scale)
+
+
+def _invocations(base: "Base", pairs: Sequence[Pair]) -> list[int] | None:
+    """The token from which the active adapter works, for each prompt; None if it does on all of them."""
+    route = base.lora.route
+    if route.training or not route.names or base.lora.adapters[route.names[0]].invocation is None:
+        return None
+    return [base.active_from(route.names[0], prompt) for prompt, _ in pairs]
 
 
 def packed_log_probs(
@@ -103,7 +119,7 @@ def shared_prefix(prompts: Sequence[Any]) -> int:
     splitting it off does not pay."""
     if len(prompts) < 2:
         return 0
-    first, last = min(prompts), max(prompts)
+    first, last = min(map(list, prompts)), max(map(list, prompts))
     limit = min(map(len, prompts)) - 1
     n = 0
     while n < limit and first[n] == last[n]:
@@ -123,7 +139,10 @@ def _padded(base: "Base", pairs: Sequence[Pair], loss_scale: float | None) -> li
         ids[i, : len(prompt) + len(answer)] = torch.tensor([*prompt, *answer])
         mask[i, len(prompt) - 1 : len(prompt) + len(answer) - 1] = True
     wanted = torch.tensor([token for _, answer in pairs for token in answer], device=base.device)
-    with only_positions(base.model, mask.to(base.device)):
+    starts, route = _invocations(base, pairs), base.lora.route
+    if starts is not None:
+        route = base.lora.for_rows(route.names * len(pairs), [width] * len(pairs), starts)
+    with only_positions(base.model, mask.to(base.device)), base.lora.routed(route):
         logits = base.model(input_ids=ids.to(base.device), use_cache=False).logits[0]
     losses = torch.nn.functional.cross_entropy(logits.float(), wanted, reduction="none")
     if loss_scale is not None:

@@ -2,7 +2,7 @@
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -83,9 +83,14 @@ class Base:
         del self.adapters[name]
         self.lora.remove(name)
 
+    def active_from(self, name: str | None, prompt: Sequence[int]) -> int:
+        """The token of `prompt` from which adapter `name` works; its length for the bare base."""
+        return len(prompt) if name is None else self.lora.adapters[name].active_from(prompt)
+
     @contextlib.contextmanager
     def active(self, name: str | None) -> Iterator[None]:
-        """Inside, the model runs with adapter `name`, or bare with None."""
+        """Inside, the model runs with adapter `name`, or bare with None. An activated LoRA
+        works from its invocation on in `forward`, `generation` and `scoring`, on every token elsewhere."""
         with self.lora.routed(Route(() if name is None else (name,))):
             yield
 

@@ -36,6 +36,13 @@ class IncompatibleAdapter(Exception):
     """An adapter was made for another base, or its files do not fit the model; the message says how."""
 
 
+SMALL_PART = 32
+"""Adapters with fewer tokens than this each are multiplied together, padded, rather than one by one."""
+
+STACKS = 4
+"""Sets of adapters that a layer keeps one above the other."""
+
+
 @dataclass
 class Adapter:
     """One adapter. `weights` has (A, B) by module name: A is (rank, in), B is (out, rank). `invocation` are
@@ -47,6 +54,17 @@ class Adapter:
     invocation: list[int] | None = None
     dropout: float = 0.0
 
+    def active_from(self, prompt: Sequence[int]) -> int:
+        """The token of `prompt` from which the adapter works: an activated LoRA from its last invocation on,
+        and never (the length of the prompt) without one."""
+        if self.invocation is None:
+            return 0
+        n = len(self.invocation)
+        for start in range(len(prompt) - n, -1, -1):
+            if list(prompt[start : start + n]) == self.invocation:
+                return start
+        return len(prompt)
+
     def named_tensors(self) -> dict[str, torch.Tensor]:
         """The weights under the names that peft gives them in a file, in model order."""
         return {
@@ -57,12 +75,23 @@ class Adapter:
 
 
 @dataclass(frozen=True)
+class Groups:
+    """Few tokens for each of several adapters, padded to a batch of products: `tokens` (adapters x width)
+    says which, `slots` and `targets` where the outcome that is no padding lies and where it goes."""
+
+    tokens: torch.Tensor
+    slots: torch.Tensor
+    targets: torch.Tensor
+
+
+@dataclass(frozen=True)
 class Route:
-    """Which adapters a forward pass uses. `mask` (B or 1, T or 1, sum of ranks) says on which tokens; None
-    stands for all of them."""
+    """Which adapters a forward pass uses: each on all tokens, or, one after the other as the tokens lie in
+    memory, on those that `parts` or `groups` say."""
 
     names: tuple[str, ...] = ()
-    mask: torch.Tensor | None = None
+    parts: tuple[slice | torch.Tensor, ...] | None = None
+    groups: Groups | None = None
     training: bool = False
 
 
@@ -74,6 +103,7 @@ class LoraLayers:
     adapters: dict[str, Adapter] = field(default_factory=dict)
     route: Route = field(default_factory=Route)
     _layers: dict[str, "_Layer"] = field(default_factory=dict)
+    _sets: list[tuple[str, ...]] = field(default_factory=list)
 
     def add(self, name: str, adapter: Adapter) -> None:
         if name in self.adapters:
@@ -85,6 +115,7 @@ class LoraLayers:
 
     def remove(self, name: str) -> None:
         del self.adapters[name]
+        self._sets = [names for names in self._sets if name not in names]
         used = {target for adapter in self.adapters.values() for target in adapter.weights}
         for target in list(self._layers):
             self._layers[target].stacks.clear()
@@ -103,24 +134,55 @@ class LoraLayers:
         finally:
             self.route = before
 
-    def for_rows(self, names: Sequence[str | None], lengths: Sequence[int] | None = None) -> Route:
-        """Route for a batch whose row i runs with adapter `names[i]`, None for the bare base.
+    def for_rows(
+        self,
+        names: Sequence[str | None],
+        lengths: Sequence[int],
+        starts: Sequence[int] | None = None,
+    ) -> Route:
+        """Route for rows that lie one after the other, padding included, `lengths[i]` tokens each: row i runs
+        with adapter `names[i]`, None for the bare base, from its token `starts[i]` on."""
+        starts = starts or [0] * len(names)
+        spans: dict[str, list[tuple[int, int]]] = {}
+        at = 0
+        for name, length, start in zip(names, lengths, starts, strict=True):
+            if name is not None and start < length:
+                own = spans.setdefault(name, [])
+                if own and own[-1][1] == at + start:
+                    own[-1] = own[-1][0], at + length
+                else:
+                    own.append((at + start, at + length))
+            at += length
+        if not spans:
+            return Route()
+        if len(spans) == 1 and next(iter(spans.values())) == [(0, at)]:
+            return Route(tuple(spans))
+        counts = [sum(end - start for start, end in own) for own in spans.values()]
+        device = next(self.model.parameters()).device
+        if len(spans) > 1 and max(counts) <= SMALL_PART:
+            return self._grouped(spans, device)
+        parts: list[slice | torch.Tensor] = []
+        for own in spans.values():
+            ranges = [torch.arange(start, end) for start, end in own]
+            parts.append(slice(*own[0]) if len(own) == 1 else torch.cat(ranges).to(device))
+        return Route(tuple(spans), tuple(parts))
 
-        With `lengths`, for rows of so many tokens one after the other in one sequence; without, for (B, T).
-        """
-        distinct = tuple(dict.fromkeys(name for name in names if name is not None))
-        if not distinct or (len(distinct) == 1 and None not in names):
-            return Route(distinct)
-        ranks = [self.adapters[name].rank for name in distinct]
-        starts = {name: sum(ranks[:i]) for i, name in enumerate(distinct)}
-        some = next(iter(self.adapters[distinct[0]].weights.values()))[0]
-        mask = torch.zeros(len(names), 1, sum(ranks), dtype=some.dtype)
-        for row, name in enumerate(names):
-            if name is not None:
-                mask[row, 0, starts[name] : starts[name] + self.adapters[name].rank] = 1
-        if lengths is not None:
-            mask = mask[:, 0].repeat_interleave(torch.tensor(lengths), dim=0)[None]
-        return Route(distinct, mask.to(some.device))
+    def _grouped(self, spans: dict[str, list[tuple[int, int]]], device: torch.device) -> Route:
+        # in one order, and where a set in use has all of them with that: so that stacks are seldom made
+        names = tuple(sorted(spans))
+        for known in self._sets:
+            if len(known) <= 2 * len(names) and spans.keys() <= set(known):
+                names = known
+                break
+        self._sets = [names, *(known for known in self._sets if known != names)][:STACKS]
+        members = [[t for start, end in spans.get(name, ()) for t in range(start, end)] for name in names]
+        width = max(map(len, members))
+        tokens, slots, targets = [], [], []
+        for i, own in enumerate(members):
+            slots += range(i * width, i * width + len(own))
+            targets += own
+            tokens += [*own, *[0] * (width - len(own))]
+        return Route(names, None, Groups(*(torch.tensor(x, device=device) for x in (tokens, slots, targets))))
 
 
 class _Layer:
@@ -140,79 +202,92 @@ class _Layer:
         route = self.layers.route
         if not route.names:
             return self.plain(x)
+        adapters = self.layers.adapters
         if route.training:
-            return self._train(x, self.layers.adapters[route.names[0]], route.mask)
-        stack = self._stack(route.names)
-        if stack is None:
-            return self.plain(x)
-        a, b = stack
+            return self._train(x, adapters[route.names[0]])
         y = self.plain(x)
-        h = torch.nn.functional.linear(x, a)
-        if route.mask is not None:
-            h = h * route.mask
-        return y.view(-1, self.out_features).addmm_(h.view(-1, h.shape[-1]), b).view_as(y)
+        flat, out = x.reshape(-1, self.in_features), y.view(-1, self.out_features)
+        if route.groups is not None:
+            self._add_grouped(flat, out, route.names, route.groups)
+            return y
+        for name, part in zip(route.names, route.parts or [slice(None)] * len(route.names), strict=True):
+            adapter = adapters[name]
+            pair = adapter.weights.get(self.name)
+            if pair is None:
+                continue
+            a, b = pair[0].detach(), pair[1].detach()
+            h = torch.nn.functional.linear(flat[part], a)
+            if isinstance(part, slice):
+                out[part].addmm_(h, b.T, alpha=adapter.scaling)
+            else:
+                out.index_add_(0, part, torch.nn.functional.linear(h, b), alpha=adapter.scaling)
+        return y
+
+    def _add_grouped(self, x: torch.Tensor, y: torch.Tensor, names: tuple[str, ...], groups: Groups) -> None:
+        stack = self._stack(names)
+        if stack is None:
+            return
+        a, b = stack
+        parts = x.index_select(0, groups.tokens).view(len(names), -1, self.in_features)
+        added = torch.bmm(torch.bmm(parts, a), b).view(-1, self.out_features)
+        if len(groups.slots) < len(added):
+            added = added.index_select(0, groups.slots)
+        y.index_add_(0, groups.targets, added)
 
     def _stack(self, names: tuple[str, ...]) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """A (R, in) and scaled B (R, out) of these adapters one above the other."""
+        """A (adapters, in, rank) and scaled B (adapters, rank, out), the highest rank for all."""
         if names not in self.stacks:
             adapters = [self.layers.adapters[name] for name in names]
-            if len(names) == 1 and self.name not in adapters[0].weights:
+            found = [adapter.weights.get(self.name) for adapter in adapters]
+            some = next((pair[0] for pair in found if pair is not None), None)
+            if some is None:
                 return None
-            if len(self.stacks) >= 4:
+            if len(self.stacks) >= STACKS:
                 self.stacks.pop(next(iter(self.stacks)))
-            pairs = [adapter.weights.get(self.name) for adapter in adapters]
-            some = next(pair for pair in pairs if pair is not None)[0]
-            rows_a, rows_b = [], []
-            for adapter, pair in zip(adapters, pairs, strict=True):
-                if pair is None:
-                    rows_a.append(some.new_zeros(adapter.rank, self.in_features))
-                    rows_b.append(some.new_zeros(adapter.rank, self.out_features))
-                else:
-                    rows_a.append(pair[0].detach())
-                    rows_b.append(pair[1].detach().T * adapter.scaling)
-            self.stacks[names] = torch.cat(rows_a), torch.cat(rows_b).contiguous()
+            rank = max(adapter.rank for adapter in adapters)
+            a = some.new_zeros(len(names), rank, self.in_features)
+            b = some.new_zeros(len(names), rank, self.out_features)
+            for i, (adapter, pair) in enumerate(zip(adapters, found, strict=True)):
+                if pair is not None:
+                    a[i, : adapter.rank] = pair[0].detach()
+                    b[i, : adapter.rank] = pair[1].detach().T * adapter.scaling
+            self.stacks[names] = a.transpose(1, 2), b
         return self.stacks[names]
 
-    def _train(self, x: torch.Tensor, adapter: Adapter, mask: torch.Tensor | None) -> torch.Tensor:
+    def _train(self, x: torch.Tensor, adapter: Adapter) -> torch.Tensor:
         pair = adapter.weights.get(self.name)
         if pair is None:
             return self.plain(x)
         if adapter.dropout:
             dropped = torch.nn.functional.dropout(x, adapter.dropout)
             h = torch.nn.functional.linear(dropped, pair[0]) * adapter.scaling
-            if mask is not None:
-                h = h * mask
             return self.plain(x) + torch.nn.functional.linear(h, pair[1])
         weight = self.module.weight.T if self.transposed else self.module.weight
-        return _TrainedLinear.apply(x, weight, self.module.bias, *pair, adapter.scaling, mask)
+        return _TrainedLinear.apply(x, weight, self.module.bias, *pair, adapter.scaling)
 
 
 class _TrainedLinear(torch.autograd.Function):
-    """x W' + bias + scaling (x A' * mask) B' with gradients for x, A and B; W and bias are frozen."""
+    """x W' + bias + scaling x A' B' with gradients for x, A and B; W and bias are frozen."""
 
     @staticmethod
-    def forward(ctx: Any, x: Any, weight: Any, bias: Any, a: Any, b: Any, scaling: float, mask: Any) -> Any:
+    def forward(ctx: Any, x: Any, weight: Any, bias: Any, a: Any, b: Any, scaling: float) -> Any:
         flat = x.reshape(-1, x.shape[-1])
         h = flat @ a.T
-        if mask is not None:
-            h = h * mask.reshape(-1, mask.shape[-1])
         y = torch.nn.functional.linear(flat, weight, bias).addmm_(h, b.T, alpha=scaling)
-        ctx.save_for_backward(flat, weight, a, b, h, mask)
+        ctx.save_for_backward(flat, weight, a, b, h)
         ctx.scaling = scaling
         return y.view(*x.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
-        flat, weight, a, b, h, mask = ctx.saved_tensors
+        flat, weight, a, b, h = ctx.saved_tensors
         shape = gradients[0].shape[:-1]
         dy = gradients[0].reshape(-1, gradients[0].shape[-1])
         dh = (dy @ b).mul_(ctx.scaling)
-        if mask is not None:
-            dh = dh * mask.reshape(-1, mask.shape[-1])
         da = dh.T @ flat
         db = (dy.T @ h).mul_(ctx.scaling)
         dx = (dy @ weight).addmm_(dh, a).view(*shape, -1) if ctx.needs_input_grad[0] else None
-        return dx, None, None, da, db, None, None
+        return dx, None, None, da, db, None
 
 
 def linear_shape(module: nn.Module) -> tuple[int, int, bool]:

@@ -24,7 +24,7 @@ GROUP_WASTE = 1.2
 KeyValues = dict[torch.nn.Module, tuple[torch.Tensor, torch.Tensor]]
 """Keys (with positions applied) and values by attention module: (rows, heads, tokens, size) each."""
 
-_current: "Packing | None" = None
+_current: "_Pass | None" = None
 
 
 @dataclass
@@ -35,13 +35,65 @@ class Past:
     lengths: list[int]
 
 
-class Packing:
+@dataclass(frozen=True)
+class Branches:
+    """A tree of tokens that is tried after every sequence: `parents[i]` is the token before token i, an
+    earlier one of the tree, or -1 for the end of the sequence."""
+
+    tokens: tuple[int, ...]
+    parents: tuple[int, ...]
+
+    def depths(self) -> list[int]:
+        """How many tokens of the tree lie before each."""
+        depths: list[int] = []
+        for parent in self.parents:
+            depths.append(depths[parent] + 1 if parent >= 0 else 0)
+        return depths
+
+    def seen(self) -> torch.Tensor:
+        """(tokens, tokens) bool: which tokens of the tree each one sees: itself and those before it."""
+        seen = torch.eye(len(self.tokens), dtype=torch.bool)
+        for i, parent in enumerate(self.parents):
+            if parent >= 0:
+                seen[i] |= seen[parent]
+        return seen
+
+
+class _Pass:
+    """One forward pass whose attention is computed here."""
+
+    @contextlib.contextmanager
+    def applied(self) -> Iterator[None]:
+        """Inside, models whose attention is `attend` compute this. Keep it open for the backward
+        pass of a checkpointed forward."""
+        global _current
+        before, _current = _current, self
+        try:
+            yield
+        finally:
+            _current = before
+
+    def attend(
+        self,
+        module: torch.nn.Module,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        window: int | None,
+        options: "_Options",
+    ) -> torch.Tensor:
+        """(heads, tokens, size) each; returns (heads, tokens, size)."""
+        raise NotImplementedError
+
+
+class Packing(_Pass):
     """Sequences in one forward pass.
 
     Args:
         sequences: token ids, at least one each.
         prefix: tokens before every sequence.
         past: what each sequence sees between the prefix and itself.
+        branches: a tree of tokens behind every sequence; it counts as the sequence's last tokens.
         capture: keep keys and values of prefix and sequences: see `captured`.
     """
 
@@ -52,10 +104,15 @@ class Packing:
         *,
         prefix: Sequence[int] = (),
         past: Past | None = None,
+        branches: Branches | None = None,
         capture: bool = False,
     ):
         if past is not None and prefix:
             raise ValueError("expected a prefix or a past, found both")
+        if branches is not None:
+            sequences = [[*sequence, *branches.tokens] for sequence in sequences]
+        tree = len(branches.tokens) if branches is not None else 0
+        depths = branches.depths() if branches is not None else []
         self.lengths = [len(sequence) for sequence in sequences]
         self.prefix = len(prefix)
         self.past = past
@@ -63,32 +120,70 @@ class Packing:
         ids = [*prefix, *(token for sequence in sequences for token in sequence)]
         positions = list(range(self.prefix))
         for offset, length in zip(offsets, self.lengths, strict=True):
-            positions += range(offset, offset + length)
+            own = offset + length - tree
+            positions += [*range(offset, own), *(own + depth for depth in depths)]
         self.input_ids = torch.tensor([ids], device=device)
         self.position_ids = torch.tensor([positions], device=device)
         self.starts = [self.prefix]
         for length in self.lengths[:-1]:
             self.starts.append(self.starts[-1] + length)
-        self.groups = _groups(self.lengths, self.starts, offsets, device)
+        self.groups = _groups(self.lengths, self.starts, offsets, device, branches)
         self.captured: KeyValues | None = {} if capture else None
         """With `capture`, keys and values of all tokens, (1, heads, tokens, size), after the forward pass."""
 
-    @contextlib.contextmanager
-    def applied(self) -> Iterator[None]:
-        """Inside, models whose attention is `attend` compute this packing. Keep it open for the backward
-        pass of a checkpointed forward."""
-        global _current
-        before, _current = _current, self
-        try:
-            yield
-        finally:
-            _current = before
+    def attend(
+        self,
+        module: torch.nn.Module,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        window: int | None,
+        options: "_Options",
+    ) -> torch.Tensor:
+        """(heads, tokens, size) each; returns (heads, tokens, size)."""
+        prefix = self.prefix
+        if self.captured is not None:
+            self.captured[module] = k[None], v[None]
+        parts: list[torch.Tensor] = []
+        if prefix:
+            whole = _Group(range(1), [prefix], 0, [0], q.device)
+            mask = whole.mask(0, None, window, q.dtype)
+            out = _scores(q[None, :, :prefix], k[None, :, :prefix], v[None, :, :prefix], mask, options)
+            parts.append(out[0])
+        for group in self.groups:
+            here = slice(group.start, group.start + group.tokens)
+            qg = _gather(q[:, here], group)
+            kg, vg = _gather(k[:, here], group), _gather(v[:, here], group)
+            before, counts = 0, None
+            if prefix:
+                before = prefix
+                n = len(group.rows)
+                kg = torch.cat([k[None, :, :prefix].expand(n, -1, -1, -1), kg], dim=2)
+                vg = torch.cat([v[None, :, :prefix].expand(n, -1, -1, -1), vg], dim=2)
+            elif self.past is not None:
+                counts = group.offsets
+                before = max(self.past.lengths[group.rows.start : group.rows.stop])
+                pk, pv = self.past.values[module]
+                rows = slice(group.rows.start, group.rows.stop)
+                kg = torch.cat([pk[rows, :, :before], kg], dim=2)
+                vg = torch.cat([pv[rows, :, :before], vg], dim=2)
+            mask = group.mask(before, counts, window, q.dtype)
+            parts.append(_scatter(_scores(qg, kg, vg, mask, options), group))
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
 class _Group:
     """Neighbouring sequences whose attention is computed together: `rows` x `width` tokens with padding."""
 
-    def __init__(self, rows: range, lengths: list[int], start: int, offsets: list[int], device: torch.device):
+    def __init__(
+        self,
+        rows: range,
+        lengths: list[int],
+        start: int,
+        offsets: list[int],
+        device: torch.device,
+        branches: Branches | None = None,
+    ):
         self.rows, self.start, self.tokens = rows, start, sum(lengths)
         self.width = max(lengths)
         self.even = self.tokens == self.width * len(rows)
@@ -102,6 +197,8 @@ class _Group:
         self._slots = inside.flatten().nonzero()[:, 0]  # token -> row x width
         self._index: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self._masks: dict[Any, torch.Tensor] = {}
+        self._branches = branches
+        self._length = length
 
     def index(self, heads: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Where (rows, heads, width) comes from in (heads, tokens), and the way back."""
@@ -120,12 +217,23 @@ class _Group:
         if key not in self._masks:
             column = torch.arange(self.width, device=self.device)
             query = self.offsets[:, None] + column  # positions (rows, width)
+            own = (column <= column[:, None]).expand(len(self.rows), -1, -1)
+            if self._branches is not None:
+                tree = len(self._branches.tokens)
+                node = column - (self._length - tree)[:, None]  # (rows, width): number in the tree, if in it
+                inside, node = (node >= 0) & (node < tree), node.clamp(0, tree - 1)
+                depths = torch.tensor(self._branches.depths(), device=self.device)
+                query = torch.where(
+                    inside, self.offsets[:, None] + (self._length - tree)[:, None] + depths[node], query
+                )
+                seen = self._branches.seen().to(self.device)[node[:, :, None], node[:, None]]
+                own = own & (seen | ~(inside[:, :, None] & inside[:, None]))
             early = torch.arange(before, device=self.device).expand(len(self.rows), -1)
-            seen = early < past[:, None] if past is not None else torch.ones_like(early, dtype=torch.bool)
+            known = early < past[:, None] if past is not None else torch.ones_like(early, dtype=torch.bool)
             visible = torch.cat(
                 [
-                    seen[:, None].expand(-1, self.width, -1),
-                    (column <= column[:, None]).expand(len(self.rows), -1, -1),
+                    known[:, None].expand(-1, self.width, -1),
+                    own,
                 ],
                 dim=-1,
             )
@@ -137,15 +245,183 @@ class _Group:
         return self._masks[key]
 
 
-def _groups(lengths: list[int], starts: list[int], offsets: list[int], device: torch.device) -> list[_Group]:
+def _groups(
+    lengths: list[int],
+    starts: list[int],
+    offsets: list[int],
+    device: torch.device,
+    branches: Branches | None,
+) -> list[_Group]:
     groups: list[_Group] = []
     first = 0
     for i in range(1, len(lengths) + 1):
         part = lengths[first : i + 1]
         if i == len(lengths) or max(part) * len(part) > GROUP_WASTE * sum(part) + 16:
-            groups.append(_Group(range(first, i), lengths[first:i], starts[first], offsets[first:i], device))
+            rows = range(first, i)
+            groups.append(_Group(rows, lengths[first:i], starts[first], offsets[first:i], device, branches))
             first = i
     return groups
+
+
+# -- token by token ------------------------------------------------------------------------------------
+
+
+class Slots:
+    """Keys and values of rows that are decoded, row i in slot i: `values` has (slots, heads, capacity, size)
+    by attention module. Room grows by doubling."""
+
+    def __init__(self) -> None:
+        self.values: KeyValues = {}
+        self.slots = 0
+        self.capacity = 0
+
+    def room(self, rows: int, tokens: int) -> tuple[int, int]:
+        """(slots, capacity) that `reserve` would make of what there is."""
+        slots = self.slots if rows <= self.slots else max(rows, self.slots + self.slots // 2)
+        fitting = -(-tokens // 32) * 32
+        capacity = self.capacity if tokens <= self.capacity else max(fitting, 2 * self.capacity)
+        return slots, capacity
+
+    def reserve(self, like: KeyValues, rows: int, tokens: int) -> None:
+        """Make room for so many rows and tokens of each. `like` has the shapes of heads."""
+        if rows <= self.slots and tokens <= self.capacity:
+            return
+        before = self.slots
+        self.slots, self.capacity = self.room(rows, tokens)
+        for module, pair in like.items():
+            old = self.values.get(module)
+            new = [x.new_zeros(self.slots, x.shape[1], self.capacity, x.shape[3]) for x in pair]
+            if old is not None:
+                for a, b in zip(new, old, strict=True):
+                    a[:before, :, : b.shape[2]] = b
+            self.values[module] = new[0], new[1]
+
+    def write(self, added: KeyValues, tokens: torch.Tensor, rows: torch.Tensor, at: torch.Tensor) -> None:
+        """Keep tokens `tokens` of `added` (1, heads, tokens, size) as tokens `at` of slots `rows`."""
+        for module, pair in added.items():
+            for mine, new in zip(self.values[module], pair, strict=True):
+                mine[rows, :, at] = new[0].transpose(0, 1)[tokens]
+
+    def copy(self, past: KeyValues, row: int, tokens: int) -> None:
+        """Begin a row with the first `tokens` of `past` (1, heads, tokens, size)."""
+        for module, pair in past.items():
+            for mine, new in zip(self.values[module], pair, strict=True):
+                mine[row, :, :tokens] = new[0, :, :tokens]
+
+    def move(self, sources: list[int], targets: list[int], tokens: int) -> None:
+        """Put rows elsewhere; at most `tokens` of each count."""
+        for pair in self.values.values():
+            for mine in pair:
+                for source, target in zip(sources, targets, strict=True):
+                    mine[target, :, :tokens] = mine[source, :, :tokens]
+
+    def of_row(self, row: int, tokens: int) -> KeyValues:
+        """A copy of the first `tokens` of one row."""
+        here = (slice(row, row + 1), slice(None), slice(tokens))
+        return {module: (k[here].clone(), v[here].clone()) for module, (k, v) in self.values.items()}
+
+    def past(self, first: int, lengths: list[int]) -> Past:
+        """What neighbouring rows hold, as the past of a packing; no copy."""
+        here = slice(first, first + len(lengths))
+        return Past({module: (k[here], v[here]) for module, (k, v) in self.values.items()}, lengths)
+
+
+@dataclass(frozen=True)
+class Segment:
+    """The first rows of `slots`: `lengths` (rows,) tokens each, `longest` at most."""
+
+    slots: Slots
+    lengths: torch.Tensor
+    longest: int
+
+
+class Step(_Pass):
+    """One more token for each row of some segments, which take in its keys and values.
+
+    Args:
+        tokens: token ids of all rows, segment after segment.
+        prefix, shared: keys and values (1, heads, shared, size) of tokens before every row, kept once.
+    """
+
+    def __init__(
+        self,
+        tokens: torch.Tensor,
+        segments: Sequence[Segment],
+        prefix: KeyValues | None = None,
+        shared: int = 0,
+    ):
+        self.input_ids = tokens[None]
+        self.position_ids = torch.cat([segment.lengths for segment in segments])[None] + shared
+        self._segments, self._prefix, self._shared = segments, prefix, shared
+        self._rows = [torch.arange(len(segment.lengths), device=tokens.device) for segment in segments]
+        self._masks: dict[Any, torch.Tensor] = {}
+
+    def attend(
+        self,
+        module: torch.nn.Module,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        window: int | None,
+        options: "_Options",
+    ) -> torch.Tensor:
+        """(heads, rows, size) each; returns (heads, rows, size)."""
+        q, k, v = q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1)
+        parts, at = [], 0
+        for number, segment in enumerate(self._segments):
+            here = slice(at, at + len(segment.lengths))
+            at = here.stop
+            keys, values = segment.slots.values[module]
+            keys[self._rows[number], :, segment.lengths] = k[here]
+            values[self._rows[number], :, segment.lengths] = v[here]
+            mask = self._mask(number, window, q.dtype)
+            parts.append(self._rows_of(module, q[here], keys, values, segment.longest + 1, mask, options))
+        return (parts[0] if len(parts) == 1 else torch.cat(parts)).transpose(0, 1)
+
+    def _rows_of(
+        self,
+        module: torch.nn.Module,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        span: int,
+        mask: torch.Tensor,
+        options: "_Options",
+    ) -> torch.Tensor:
+        """One query (n, heads, size) each to the first `span` tokens of its slot, after the prefix."""
+        n, heads, size = q.shape
+        shared = k.shape[1]
+        k, v = (x[:n, :, :span].reshape(n * shared, span, -1) for x in (k, v))  # a view: no copy
+        scores = torch.bmm(q.reshape(n * shared, -1, size), k.transpose(1, 2)).view(n, heads, 1, span)
+        if self._prefix is None:
+            weights = _weights(scores, mask, options)
+            return torch.bmm(weights.view(n * shared, -1, span), v).view(n, heads, -1)
+        pk, pv = self._prefix[module]
+
+        def by_head(x: torch.Tensor) -> torch.Tensor:
+            """The rows' queries of one head, one below the other, for the one copy of the prefix."""
+            return x.reshape(n, shared, -1, x.shape[-1]).transpose(0, 1).reshape(shared, -1, x.shape[-1])
+
+        def by_row(x: torch.Tensor) -> torch.Tensor:
+            return x.view(shared, n, -1, x.shape[-1]).transpose(0, 1).reshape(n, heads, 1, x.shape[-1])
+
+        early = by_row(torch.bmm(by_head(q), pk[0].transpose(1, 2)))
+        weights = _weights(torch.cat([early, scores], dim=-1), mask, options)
+        early, late = weights.split([self._shared, span], dim=-1)
+        out = torch.bmm(late.reshape(n * shared, -1, span), v).view(n, heads, 1, -1)
+        return (out + by_row(torch.bmm(by_head(early), pv[0])))[:, :, 0]
+
+    def _mask(self, number: int, window: int | None, dtype: torch.dtype) -> torch.Tensor:
+        """0 or -inf, (rows, 1, 1, shared + span)."""
+        key = (number, window, dtype)
+        if key not in self._masks:
+            segment = self._segments[number]
+            position = torch.arange(self._shared + segment.longest + 1, device=segment.lengths.device)
+            distance = self._shared + segment.lengths[:, None] - position
+            hidden = distance < 0 if window is None else (distance < 0) | (distance >= window)
+            mask = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device)
+            self._masks[key] = mask.masked_fill_(hidden, float("-inf"))[:, None, None]
+        return self._masks[key]
 
 
 # -- attention -----------------------------------------------------------------------------------------
@@ -194,38 +470,9 @@ def attend(
         )
     if kwargs.get("position_bias") is not None:
         raise NotImplementedError("position bias in packed attention")
-    packing, prefix = _current, _current.prefix
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
-    if packing.captured is not None:
-        packing.captured[module] = key, value
     options = _Options(scale, dropout if module.training else 0.0, softcap, s_aux)
-    q, k, v = query[0], key[0], value[0]
-    parts: list[torch.Tensor] = []
-    if prefix:
-        whole = _Group(range(1), [prefix], 0, [0], query.device)
-        mask = whole.mask(0, None, sliding_window, query.dtype)
-        out = _scores(q[None, :, :prefix], k[None, :, :prefix], v[None, :, :prefix], mask, options)
-        parts.append(out[0])
-    for group in packing.groups:
-        here = slice(group.start, group.start + group.tokens)
-        qg = _gather(q[:, here], group)
-        kg, vg = _gather(k[:, here], group), _gather(v[:, here], group)
-        before, counts = 0, None
-        if prefix:
-            before = prefix
-            n = len(group.rows)
-            kg = torch.cat([k[None, :, :prefix].expand(n, -1, -1, -1), kg], dim=2)
-            vg = torch.cat([v[None, :, :prefix].expand(n, -1, -1, -1), vg], dim=2)
-        elif packing.past is not None:
-            counts = group.offsets
-            before = max(packing.past.lengths[group.rows.start : group.rows.stop])
-            pk, pv = packing.past.values[module]
-            rows = slice(group.rows.start, group.rows.stop)
-            kg = torch.cat([pk[rows, :, :before], kg], dim=2)
-            vg = torch.cat([pv[rows, :, :before], vg], dim=2)
-        mask = group.mask(before, counts, sliding_window, query.dtype)
-        parts.append(_scatter(_scores(qg, kg, vg, mask, options), group))
-    out = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+    out = _current.attend(module, query[0], key[0], value[0], sliding_window, options)
     return out.transpose(0, 1)[None].contiguous(), None
 
 
@@ -244,20 +491,27 @@ def _scores(
     n, heads, width, size = q.shape
     shared = k.shape[1]
     q = q.reshape(n * shared, heads // shared * width, size)
-    scores = torch.bmm(q, k.reshape(n * shared, -1, size).transpose(1, 2)) * o.scale
-    scores = scores.view(n, heads, width, -1)
+    scores = torch.bmm(q, k.reshape(n * shared, -1, size).transpose(1, 2))
+    weights = _weights(scores.view(n, heads, width, -1), mask, o)
+    out = torch.bmm(weights.view(n * shared, -1, weights.shape[-1]), v.reshape(n * shared, -1, v.shape[-1]))
+    return out.view(n, heads, width, -1)
+
+
+def _weights(scores: torch.Tensor, mask: torch.Tensor, o: _Options) -> torch.Tensor:
+    """Attention weights (n, H, L, S) from plain products."""
+    scores = scores * o.scale
     if o.softcap is not None:
         scores = torch.tanh(scores / o.softcap) * o.softcap
     scores = scores + mask
     if o.sinks is not None:
+        n, _, width, _ = scores.shape
         scores = torch.cat([scores, o.sinks.reshape(1, -1, 1, 1).expand(n, -1, width, 1)], dim=-1)
     weights = torch.softmax(scores, dim=-1)
     if o.sinks is not None:
         weights = weights[..., :-1]
     if o.dropout:
         weights = torch.nn.functional.dropout(weights, o.dropout)
-    out = torch.bmm(weights.view(n * shared, -1, weights.shape[-1]), v.reshape(n * shared, -1, v.shape[-1]))
-    return out.view(n, heads, width, -1)
+    return weights
 
 
 class _Permute(torch.autograd.Function):
@@ -347,8 +601,8 @@ def body(model: Any) -> Any:
     return getattr(model, model.base_model_prefix)
 
 
-def hidden_states(model: Any, packing: Packing) -> torch.Tensor:
-    """Last hidden states (tokens, size) of the packing's tokens, prefix first."""
+def hidden_states(model: Any, packing: Packing | Step) -> torch.Tensor:
+    """Last hidden states (tokens, size) of the packing's tokens, prefix first, or of a step's rows."""
     with packing.applied():
         return body(model)(
             input_ids=packing.input_ids, position_ids=packing.position_ids, use_cache=False
@@ -401,10 +655,15 @@ def packs(model: Any) -> bool:
         hidden = hidden_states(model, packing)[4:]
         with_past = Packing([row[2:] for row in rows], device, past=_past_of(packing, 2))
         again = hidden_states(model, with_past)
-        found = [logits_of(model, hidden), logits_of(model, again)]
+        last = hidden_states(model, _last_step(packing, device))
+        found = [logits_of(model, hidden), logits_of(model, again), logits_of(model, last)]
     except (AttributeError, KeyError, IndexError, NotImplementedError, RuntimeError, TypeError, ValueError):
         return False
-    expected = [torch.cat(alone), torch.cat([part[2:] for part in alone])]
+    expected = [
+        torch.cat(alone),
+        torch.cat([part[2:] for part in alone]),
+        torch.stack([part[-1] for part in alone]),
+    ]
     limit = 1e-3 if model.dtype == torch.float32 else 3e-2
     return all(
         a.shape == b.shape and float((a.float() - b.float()).norm()) <= limit * float(a.float().norm())
@@ -428,3 +687,19 @@ def _past_of(packing: Packing, tokens: int) -> Past:
         )
         values[module] = k, v
     return Past(values, [packing.prefix + tokens] * len(packing.starts))
+
+
+def _last_step(packing: Packing, device: torch.device) -> Step:
+    """The last token of each sequence as a step after the others, with the prefix kept once."""
+    assert packing.captured is not None
+    slots, n = Slots(), packing.prefix
+    slots.reserve(packing.captured, len(packing.lengths), max(packing.lengths))
+    for row, (start, length) in enumerate(zip(packing.starts, packing.lengths, strict=True)):
+        here = slice(start, start + length - 1)
+        own = {module: (k[:, :, here], v[:, :, here]) for module, (k, v) in packing.captured.items()}
+        slots.copy(own, row, length - 1)
+    ends = [start + length - 1 for start, length in zip(packing.starts, packing.lengths, strict=True)]
+    longest = max(packing.lengths) - 1
+    prefix = {module: (k[:, :, :n], v[:, :, :n]) for module, (k, v) in packing.captured.items()}
+    segment = Segment(slots, torch.tensor(packing.lengths, device=device) - 1, longest)
+    return Step(packing.input_ids[0, ends], [segment], prefix, n)
