@@ -186,10 +186,10 @@ class Worker:
                 raise Unavailable("no time left")
         line = self.process.stdout.readline()
         if not line:
-            raise Unavailable(f"{self.name} ended with code {self.process.wait()}: {last_line(self.log)}")
+            raise Unavailable(f"its process ended with code {self.process.wait()}: {last_line(self.log)}")
         answer = json.loads(line)
         if "error" in answer:
-            raise Unavailable(f"{self.name}: {answer['error']}")
+            raise Unavailable(answer["error"])
         return answer
 
     def peak_memory(self) -> int:

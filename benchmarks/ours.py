@@ -153,6 +153,40 @@ def score(task: str, examples: list[Answer], adapter: str | None = None) -> Answ
     return {"points": 100 * sum(scores) / len(scores)}
 
 
+# -- generation ----------------------------------------------------------------------------------------
+
+
+def generate(prompts: list[list[int]], new_tokens: int) -> Answer:
+    """Greedy answers of the bare base."""
+    answer: Answer = {}
+    with timed(answer):
+        found = generation.generate(loaded(), prompts, new_tokens)
+    return answer | {"tokens": [one.token_ids for one in found]}
+
+
+def mixed(prompts: list[list[int]], new_tokens: int, adapters: list[str]) -> Answer:
+    """Greedy answers, each prompt under the attached adapter that `adapters` names for it."""
+    base = loaded()
+    if not hasattr(base, "active_rows"):
+        raise NotImplementedError("not there yet")
+    answer: Answer = {}
+    with timed(answer), base.active_rows(adapters):  # type: ignore[attr-defined]
+        found = generation.generate(base, prompts, new_tokens)
+    return answer | {"tokens": [one.token_ids for one in found]}
+
+
+def choose(task: str, prompts: list[list[int]]) -> Answer:
+    """The most probable label of a classification task for each prompt: `chosen` are their numbers."""
+    if not hasattr(scoring, "choose_label"):
+        raise NotImplementedError("not there yet")
+    base = loaded()
+    labels = [base.chat.target_ids(label) for label in tasks()[task].labels]
+    answer: Answer = {}
+    with timed(answer):
+        chosen = scoring.choose_label(base, prompts, labels)  # type: ignore[attr-defined]
+    return answer | {"chosen": list(map(int, chosen))}
+
+
 if __name__ == "__main__":
-    handlers = [load, matmul, examples, plan, train, forget, attach, nll, score]
+    handlers = [load, matmul, examples, plan, train, forget, attach, nll, score, generate, mixed, choose]
     serve({handler.__name__: handler for handler in handlers})
