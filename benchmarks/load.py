@@ -15,8 +15,8 @@ Request = dict[str, Any]
 
 @dataclass(frozen=True)
 class Answered:
-    """One answer: when it was asked for, when its first text and its end arrived (seconds, one clock), and how
-    many tokens it has."""
+    """One answer: when it was asked for, when its first text and its end arrived (seconds of one clock), and
+    how many tokens it has."""
 
     asked: float
     first: float
@@ -49,7 +49,8 @@ async def _run(url: str, key: str, requests: list[Request], clients: int) -> lis
 
         async def client() -> None:
             for request in waiting:
-                answers.append(await _ask(http, url, request))
+                answer = await _ask(http, url, request)
+                answers.append(answer)
 
         try:
             async with asyncio.TaskGroup() as group:

@@ -2,8 +2,8 @@
 
     python -m benchmarks.serving --quick
 
-Real questions go to every server in the same order over HTTP, answers are streamed, greedy and equally long at
-most. One and eight adapters; llama.cpp serves the quantised base without any.
+Real questions go to every server in the same order over HTTP; answers are streamed, greedy, and limited to
+the same length. One and eight adapters; llama.cpp serves the quantised base without any.
 """
 
 import functools
@@ -45,7 +45,6 @@ from benchmarks.deployment import Server, deployment_environment, free_ports, ga
 from benchmarks.tasks import tasks
 from ml_assets.endpoints.gateway import keys
 from ml_assets.endpoints.ledger import Ledger
-from ml_assets.engine import hardware
 
 TASK = "home_commands"
 NEW_TOKENS = 24
@@ -105,6 +104,8 @@ class Run:
             ]
             for row in task.rows(2000)[1000:]
         ]
+        from ml_assets.engine import hardware  # brings torch, which --help can do without
+
         self.dtype = str(hardware.compute_dtype()).removeprefix("torch.")
         starts: dict[str, Callable[[], Target]] = {
             OURS: self._ours,
@@ -126,6 +127,8 @@ class Run:
             except (Unavailable, load.LoadError) as error:
                 self.missing[name] = str(error)
                 self.targets.pop(name, None)
+                if name in self.open:
+                    self.open.pop(name).close()
                 say(f"{name}: {error}")
 
     def _adapters(self, folder: Path) -> list[Path]:

@@ -28,7 +28,7 @@ def given(tmp_path: Path, **values) -> Options:
     return Options(**({"quick": False, "cache": tmp_path, "peers": tmp_path / "peers", "rounds": 2} | values))
 
 
-@pytest.mark.parametrize("name", ["training"])
+@pytest.mark.parametrize("name", ["training", "generation", "serving", "orchestration"])
 def test_help_of_every_benchmark(name):
     command = [sys.executable, "-m", f"benchmarks.{name}", "--help"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
