@@ -36,13 +36,13 @@ def load(directory: str) -> Answer:
     hardware.prepare_process()
     _directory = Path(directory)
     _base = load_base(_directory)
-    head = _base.plain_model.get_output_embeddings()
+    head = _base.model.get_output_embeddings()
     body = sum(
         module.weight.numel()
-        for module in _base.plain_model.modules()
+        for module in _base.model.modules()
         if isinstance(module, torch.nn.Linear) and module is not head
     )
-    return {"body_weights": body, "dtype": str(_base.plain_model.dtype).removeprefix("torch.")}
+    return {"body_weights": body, "dtype": str(_base.model.dtype).removeprefix("torch.")}
 
 
 def matmul() -> Answer:
