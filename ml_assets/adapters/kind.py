@@ -109,7 +109,7 @@ def _compare(
     seconds: dict[str, float] = {}
     kinds: tuple[Kind, ...] = ("activated_lora", "lora")
     folders = {kind: home / "checkpoints" / f"{_key(inputs)}-{kind}" for kind in kinds}
-    with store.staging(KIND) as staging:
+    with hardware.computing(home), store.staging(KIND) as staging:
         for kind in kinds:
             tell(f"adapter.kind auto: training {kind} on {len(rows)} rows to compare on {len(held)}")
             result = train_lora(

@@ -99,7 +99,11 @@ def train_adapter(
     base = load_base(inputs.base_directory, hardware.compute_dtype(home))
     examples = training_examples(base, spec.prompt, load_rows(inputs.dataset_directory, "train"))
     checkpoints = checkpoint_folder(home, key)
-    with store.staging(KIND) as staging, store.staging("prompts") as scratch:
+    with (
+        hardware.computing(home),
+        store.staging(KIND) as staging,
+        store.staging("prompts") as scratch,
+    ):
         result = train_lora(
             base,
             examples,

@@ -4,12 +4,15 @@ The number format is measured, not assumed: bfloat16 products are twice as fast 
 have the instructions, and half as fast on others.
 """
 
+import contextlib
 import ctypes
+import fcntl
 import functools
 import json
 import os
 import platform
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -20,6 +23,9 @@ from ml_assets.settings import Settings
 
 BFLOAT16_ADVANTAGE = 1.2
 """bfloat16 is used where its matrix products are at least this many times as fast as float32's."""
+
+
+DEVICE_LOCK = "device.lock"
 
 
 def device() -> torch.device:
@@ -57,6 +63,27 @@ def prepare_process() -> None:
         libc.mallopt(m_mmap_max, 0)
         libc.mallopt(m_trim_threshold, 2**31 - 1)
         libc.mallopt(m_top_pad, 2**26)
+
+
+@contextlib.contextmanager
+def computing(home: Path) -> Iterator[None]:
+    """Inside, this process computes with all of its threads, and others can see it: see `neighbours`."""
+    home.mkdir(parents=True, exist_ok=True)
+    with (home / DEVICE_LOCK).open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_SH)  # released when the process ends, however it ends
+        yield
+
+
+def neighbours(home: Path) -> bool:
+    """Whether another process of this deployment computes now."""
+    try:
+        with (home / DEVICE_LOCK).open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    return False
 
 
 def compute_dtype(home: Path | None = None) -> torch.dtype:
