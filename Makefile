@@ -80,6 +80,17 @@ lint: setup  ## ruff, pyright, and Dagster's own check of the definitions
 	$(BIN)/dg check toml
 	$(BIN)/dg check defs
 
+# The programs that benchmarks/ compares with. vLLM's wheel brings packages built for another torch.
+EVERGREEN_HOME ?= .evergreen
+PEER ?= trl vllm llama
+.PHONY: peers
+peers:  ## virtual environments of what the benchmarks compare with; one of them with PEER=name
+	@for name in $(PEER); do \
+		echo "installing $$name"; \
+		$(PYTHON) -m venv $(EVERGREEN_HOME)/peers/$$name && \
+		$(EVERGREEN_HOME)/peers/$$name/bin/pip install -qq -r benchmarks/peers/$$name.txt && \
+		$(EVERGREEN_HOME)/peers/$$name/bin/pip uninstall -qq -y torchvision torchaudio torchcodec || exit 1; done
+
 .PHONY: clean
 clean:  ## remove .venv and caches; the data directory stays
 	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis

@@ -273,10 +273,11 @@ def template_columns(text: str) -> list[str]:
 class AdapterRecipe(Block):
     """LoRA recipe. All of it is part of an adapter's input key."""
 
-    kind: Literal["lora", "activated_lora"] = Field(
+    kind: Literal["lora", "activated_lora", "auto"] = Field(
         default="lora",
         description="`lora` works on every token; `activated_lora` from the answer on, so that the base's "
-        "keys and values of a prompt serve all epochs and adapters: cheaper where prompts are long",
+        "keys and values of a prompt serve all epochs and adapters: cheaper where prompts are long; "
+        "`auto` trains both once and keeps the cheaper one that is not worse by more than the gate's margin",
     )
     rank: int = Field(default=16, ge=1, le=1024, description="rank of the update matrices")
     alpha: float = Field(default=32, gt=0, description="the update is scaled by alpha / rank")

@@ -6,6 +6,7 @@ from pathlib import Path
 import dagster as dg
 
 from ml_assets.adapters.checks import adapter_checks, check_specs
+from ml_assets.adapters.kind import resolve_kind
 from ml_assets.adapters.manifest import CODE_VERSION
 from ml_assets.adapters.pictures import loss_curve
 from ml_assets.adapters.train import UNTRAINABLE, AdapterInputs, TrainedAdapter, open_inputs, train_adapter
@@ -56,6 +57,10 @@ def build_adapter_asset(spec: CustomizationSpec) -> dg.AssetsDefinition:
         require_followed(spec, context.partition_key)
         settings, store = Settings.from_env(), artifact_store.store()
         inputs = open_inputs(spec, store, base_model, dataset)
+        try:
+            inputs, choice = resolve_kind(inputs, store, settings.home, context.log.info)
+        except UNTRAINABLE as error:
+            raise dg.Failure(str(error), allow_retries=False) from error
         with mlflow_tracking.run(
             customization=spec.name,
             base_revision=context.partition_key,
@@ -64,7 +69,7 @@ def build_adapter_asset(spec: CustomizationSpec) -> dg.AssetsDefinition:
             partition=context.partition_key,
             code_version=CODE_VERSION,
             commit=git_commit(PROJECT_ROOT),
-            parameters={**spec.adapter.model_dump(exclude_none=True), "dataset": dataset.digest},
+            parameters={**inputs.spec.adapter.model_dump(exclude_none=True), "dataset": dataset.digest},
         ) as tracked:
             said = time.monotonic()
 
@@ -100,6 +105,7 @@ def build_adapter_asset(spec: CustomizationSpec) -> dg.AssetsDefinition:
                     "mlflow_run": dg.MetadataValue.url(tracked.url),
                     "mlflow_version": version.version,
                     "input_key": inputs.key,
+                    **({"kind_choice": dg.MetadataValue.json(choice)} if choice else {}),
                 },
                 check_results=adapter_checks(key, trained.record["losses"]),
             )
@@ -142,6 +148,7 @@ def _metadata(trained: TrainedAdapter, directory: Path) -> dict[str, dg.Metadata
         "digest": dg.MetadataValue.text(trained.ref.digest),
         "trained_before": dg.MetadataValue.bool(trained.reused),
         "final_loss": dg.MetadataValue.float(record["losses"][-1]),
+        "kind": dg.MetadataValue.text(manifest["kind"]),
         "steps": dg.MetadataValue.int(manifest["steps"]),
         "trained_tokens": dg.MetadataValue.int(manifest["trained_tokens"]),
         "device_seconds": dg.MetadataValue.float(record["seconds"]),

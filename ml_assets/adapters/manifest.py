@@ -42,7 +42,7 @@ def build_manifest(
     the same hardware class: times and costs are in the artifact store's index record."""
     return {
         "customization": spec.name,
-        "kind": "lora",
+        "kind": spec.adapter.kind,
         "base_revision": base_manifest["revision"],
         "base_identity": base_manifest["identity"],
         "weights_sha256": base_manifest["weights_sha256"],

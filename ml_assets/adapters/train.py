@@ -72,8 +72,8 @@ def train_adapter(
 ) -> TrainedAdapter:
     """Train and publish, or find what these inputs gave before.
 
-    With `reuse=False` neither the memo nor a checkpoint is used, and the memo is left as it is. `on_progress`
-    gets `ml_assets.engine.training.Progress`.
+    With `reuse=False` neither the memo nor a checkpoint nor kept prompts are used, and the memo is left as it
+    is. `on_progress` gets `ml_assets.engine.training.Progress`.
 
     Raises:
         BadExample: a row is empty or too long for the base (a ValueError).
@@ -99,7 +99,11 @@ def train_adapter(
     base = load_base(inputs.base_directory, hardware.compute_dtype(home))
     examples = training_examples(base, spec.prompt, load_rows(inputs.dataset_directory, "train"))
     checkpoints = checkpoint_folder(home, key)
-    with store.staging(KIND) as staging:
+    with (
+        hardware.computing(home),
+        store.staging(KIND) as staging,
+        store.staging("prompts") as scratch,
+    ):
         result = train_lora(
             base,
             examples,
@@ -108,6 +112,7 @@ def train_adapter(
             staging,
             checkpoints=checkpoints if reuse else None,
             checkpoint_seconds=checkpoint_seconds,
+            prompt_cache=home / "prompt_cache" if reuse else scratch,
             on_progress=on_progress,
         )
         manifest = build_manifest(

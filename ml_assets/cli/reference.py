@@ -55,7 +55,7 @@ def _blocks(model: type[BaseModel], path: str) -> Iterator[str]:
 
 def _kind(model: type[BaseModel]) -> str:
     kind = model.model_fields.get("kind")
-    return f" with kind {_words(kind.annotation)}" if kind else ""
+    return f" with kind {_words(kind.annotation)}" if kind and kind.is_required() else ""
 
 
 def _models_in(annotation: Any) -> list[type[BaseModel]]:

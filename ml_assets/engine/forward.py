@@ -114,7 +114,7 @@ def _chunk(
     return -losses.detach()
 
 
-def shared_prefix(prompts: Sequence[Sequence[int]]) -> int:
+def shared_prefix(prompts: Sequence[Any]) -> int:
     """Length of the prefix that several prompts share, leaving each at least one token of its own; 0 where
     splitting it off does not pay."""
     if len(prompts) < 2:

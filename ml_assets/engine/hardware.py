@@ -4,12 +4,15 @@ The number format is measured, not assumed: bfloat16 products are twice as fast 
 have the instructions, and half as fast on others.
 """
 
+import contextlib
 import ctypes
+import fcntl
 import functools
 import json
 import os
 import platform
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -20,6 +23,9 @@ from ml_assets.settings import Settings
 
 BFLOAT16_ADVANTAGE = 1.2
 """bfloat16 is used where its matrix products are at least this many times as fast as float32's."""
+
+
+DEVICE_LOCK = "device.lock"
 
 
 def device() -> torch.device:
@@ -47,7 +53,8 @@ def prepare_process() -> None:
     """Set threads and allocator for a process that computes. Call once before the first tensor."""
     torch.set_num_threads(threads())
     torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # 4% of a training step; nothing reads it
+    # 4% of a training step; nothing reads it
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     if platform.system() == "Linux" and platform.libc_ver()[0] == "glibc":
         # By default glibc maps and unmaps every tensor of more than 128 kB, and the page faults take a third
         # of a training step. Keep freed memory in the process instead.
@@ -56,6 +63,27 @@ def prepare_process() -> None:
         libc.mallopt(m_mmap_max, 0)
         libc.mallopt(m_trim_threshold, 2**31 - 1)
         libc.mallopt(m_top_pad, 2**26)
+
+
+@contextlib.contextmanager
+def computing(home: Path) -> Iterator[None]:
+    """Inside, this process computes with all of its threads, and others can see it: see `neighbours`."""
+    home.mkdir(parents=True, exist_ok=True)
+    with (home / DEVICE_LOCK).open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_SH)  # released when the process ends, however it ends
+        yield
+
+
+def neighbours(home: Path) -> bool:
+    """Whether another process of this deployment computes now."""
+    try:
+        with (home / DEVICE_LOCK).open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    return False
 
 
 def compute_dtype(home: Path | None = None) -> torch.dtype:

@@ -1,21 +1,25 @@
 """Keys and values of prompts under the bare base, computed once and kept.
 
-An activated LoRA does not touch the prompt, so what the base computes for it serves every epoch, seed, recipe
-and customization that asks the same. Entries are keyed by base, number format and tokens; those that memory
-has no room for are on disk, both within a budget of bytes, least recently used first out.
+An activated LoRA does not touch the prompt, so what the base computes for it serves every epoch, seed and
+recipe, and every customization that asks the same. Prompts are computed in groups that follow from the
+prompts alone, since rounding depends on what is computed together: whatever was kept, a training sees the
+same bytes.
 """
 
 import contextlib
 import hashlib
+import logging
+import math
 import os
 import tempfile
-from collections import OrderedDict
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
+from ml_assets.engine.forward import shared_prefix
 from ml_assets.engine.packing import KeyValues, Packing, Past, hidden_states
 
 if TYPE_CHECKING:
@@ -24,133 +28,165 @@ if TYPE_CHECKING:
 MEMORY_BYTES = 2 * 2**30
 DISK_BYTES = 16 * 2**30
 
-FILL_TOKENS = 2048
+GROUP_TOKENS = 2048
 """Tokens of one pass that fills the cache."""
+
+GROUP_END = 12
+"""About one prompt in so many ends its group, by its digest: new rows change few groups of the old ones."""
+
+_CRC = 4
+_log = logging.getLogger(__name__)
 
 
 class PromptCache:
-    """Prompts of one base.
+    """What one base computes for the prompts of one training.
 
     Args:
-        directory: where entries go that memory has no room for; None keeps no more than memory holds.
-        memory_bytes, disk_bytes: budgets.
+        prompts: all that `past` will be asked for, at least one token each.
+        directory: where groups are kept for later trainings and for what memory has no room for.
+        memory_bytes, disk_bytes: budgets. Prompts that exceed both are computed each time.
     """
 
     def __init__(
         self,
         base: "Base",
+        prompts: Sequence[Sequence[int]],
         directory: Path | None = None,
         memory_bytes: int = MEMORY_BYTES,
         disk_bytes: int = DISK_BYTES,
     ):
-        if not base.packs:
-            raise ValueError(f"{base.manifest['revision']}: its keys and values can't be kept")
         self._base = base
-        self._scope = f"{base.manifest['identity']}/{base.model.dtype}/{torch.__version__}"
-        self._directory = (
-            directory / hashlib.sha256(self._scope.encode()).hexdigest()[:16] if directory else None
-        )
-        self._memory_bytes, self._disk_bytes = memory_bytes, disk_bytes
-        self._entries: OrderedDict[str, list[torch.Tensor]] = OrderedDict()
-        self._bytes = 0
-        self._on_disk: OrderedDict[str, int] = OrderedDict()
-        self._disk_used = 0
-        if self._directory is not None:
-            self._directory.mkdir(parents=True, exist_ok=True)
-            files = [(path.stat(), path) for path in self._directory.glob("*.kv")]
-            for stat, path in sorted(files, key=lambda pair: pair[0].st_mtime):
-                self._on_disk[path.stem] = stat.st_size
-                self._disk_used += stat.st_size
         self._layout = _Layout(base)
+        self._memory_bytes = memory_bytes
+        self._entries: dict[str, list[torch.Tensor]] = {}
+        self._used = 0
+        distinct = {_digest(prompt): prompt for prompt in prompts}
+        self._prefix = list(prompts[0][: shared_prefix(list(distinct.values()))])
+        needed = sum(self._layout.size(len(prompt)) for prompt in distinct.values())
+        self.kept = needed <= max(memory_bytes, disk_bytes if directory else 0)
+        """Whether the budgets have room for all prompts."""
+        scope = [base.manifest["identity"], str(base.model.dtype), torch.__version__, self._prefix]
+        self._disk = _Disk(directory, disk_bytes) if directory and needed <= disk_bytes else None
+        self._groups: dict[str, _PromptGroup] = {}
+        for members in _grouped(distinct) if self.kept else []:
+            group = _PromptGroup(_digest([scope, [name for name, _ in members]]), members)
+            self._groups |= dict.fromkeys((name for name, _ in members), group)
 
     def past(self, prompts: Sequence[Sequence[int]]) -> Past:
-        """Keys and values of these prompts (at least one token each), computing those that are not kept."""
-        names = [self._name(prompt) for prompt in prompts]
+        """Keys and values of these prompts, in their order."""
+        if not self.kept:
+            return self._layout.past(self._compute(prompts), [len(prompt) for prompt in prompts])
         found: dict[str, list[torch.Tensor]] = {}
-        missing: dict[str, Sequence[int]] = {}
-        for name, prompt in zip(names, prompts, strict=True):
-            if name not in found and name not in missing:
-                entry = self._recall(name)
-                if entry is None:
-                    missing[name] = prompt
-                else:
-                    found[name] = entry
-        for batch in _batches(list(missing.items())):
-            for (name, _), entry in zip(batch, self._compute([prompt for _, prompt in batch]), strict=True):
-                found[name] = entry
-                self._remember(name, entry)
+        names = [_digest(prompt) for prompt in prompts]
+        for name in names:
+            if name not in found:
+                found[name] = self._entries.get(name) or self._read(name) or self._fill(name)
         return self._layout.past([found[name] for name in names], [len(prompt) for prompt in prompts])
 
     # -- inside ----------------------------------------------------------------------------------------
 
-    def _name(self, prompt: Sequence[int]) -> str:
-        return hashlib.sha256(f"{self._scope}/{list(prompt)}".encode()).hexdigest()[:32]
-
     def _compute(self, prompts: Sequence[Sequence[int]]) -> list[list[torch.Tensor]]:
-        model = self._base.model
+        model, prefix = self._base.model, self._prefix
         training = model.training
         model.eval()
-        packing = Packing(prompts, self._base.device, capture=True)
+        packing = Packing(
+            [prompt[len(prefix) :] for prompt in prompts], self._base.device, prefix=prefix, capture=True
+        )
         try:
             with torch.no_grad(), self._base.active(None):
                 hidden_states(model, packing)
         finally:
             model.train(training)
         assert packing.captured is not None
-        return self._layout.entries(packing.captured, packing.starts, packing.lengths)
+        return self._layout.entries(packing)
 
-    def _recall(self, name: str) -> list[torch.Tensor] | None:
-        entry = self._entries.get(name)
-        if entry is not None:
-            self._entries.move_to_end(name)
-            return entry
-        if name not in self._on_disk or self._directory is None:
+    def _read(self, name: str) -> list[torch.Tensor] | None:
+        group = self._groups[name]
+        if self._disk is None:
             return None
-        try:
-            data = (self._directory / f"{name}.kv").read_bytes()
-        except FileNotFoundError:  # another process made room
-            self._disk_used -= self._on_disk.pop(name)
+        offset, size = 0, 0
+        for other, prompt in group.members:
+            size = self._layout.size(len(prompt))
+            if other == name:
+                break
+            offset += size + _CRC
+        data = self._disk.read(group.name, offset, size)
+        if data is None:
             return None
-        self._on_disk.move_to_end(name)
-        entry = self._layout.unpack(data, self._base.model.dtype)
+        entry = self._layout.unpack(data)
         self._remember(name, entry)
         return entry
 
-    def _remember(self, name: str, entry: list[torch.Tensor]) -> None:
-        size = _bytes(entry)
-        if size > self._memory_bytes:
-            self._spill(name, entry)
-            return
-        while self._bytes + size > self._memory_bytes:
-            oldest, old = self._entries.popitem(last=False)
-            self._bytes -= _bytes(old)
-            self._spill(oldest, old)
-        self._entries[name] = entry
-        self._bytes += size
+    def _fill(self, name: str) -> list[torch.Tensor]:
+        group = self._groups[name]
+        entries = self._compute([prompt for _, prompt in group.members])
+        if self._disk is not None:
+            self._disk.write(group.name, [self._layout.pack(entry) for entry in entries])
+        for (other, _), entry in zip(group.members, entries, strict=True):
+            self._remember(other, entry)
+        return entries[[other for other, _ in group.members].index(name)]
 
-    def _spill(self, name: str, entry: list[torch.Tensor]) -> None:
-        if self._directory is None or name in self._on_disk:
-            return
-        data = self._layout.pack(entry)
-        if len(data) > self._disk_bytes:
-            return
-        while self._disk_used + len(data) > self._disk_bytes:
-            oldest, size = self._on_disk.popitem(last=False)
-            (self._directory / f"{oldest}.kv").unlink(missing_ok=True)
-            self._disk_used -= size
+    def _remember(self, name: str, entry: list[torch.Tensor]) -> None:
+        size = sum(tensor.numel() * tensor.element_size() for tensor in entry)
+        if name not in self._entries and self._used + size <= self._memory_bytes:
+            self._entries[name] = entry
+            self._used += size
+
+
+class _PromptGroup:
+    def __init__(self, name: str, members: list[tuple[str, Sequence[int]]]):
+        self.name, self.members = name, members
+
+
+class _Disk:
+    """Groups in files, the oldest removed when they exceed the budget. Used by several processes at once."""
+
+    def __init__(self, directory: Path, budget: int):
+        self._directory, self._budget = directory, budget
+
+    def read(self, name: str, offset: int, size: int) -> bytes | None:
+        """None when the file is not there or not what was written."""
+        path = self._directory / f"{name}.kv"
+        try:
+            with path.open("rb") as file:
+                file.seek(offset)
+                data = file.read(size + _CRC)
+            os.utime(path)
+        except OSError:
+            return None
+        if len(data) != size + _CRC or zlib.crc32(data[:size]).to_bytes(_CRC, "little") != data[size:]:
+            _log.warning("%s is damaged: its prompts are computed again", path)
+            return None
+        return data[:size]
+
+    def write(self, name: str, parts: list[bytes]) -> None:
         temporary = None
         try:
-            handle, temporary = tempfile.mkstemp(dir=self._directory)
+            self._directory.mkdir(parents=True, exist_ok=True)
+            self._make_room(sum(map(len, parts)))
+            handle, temporary = tempfile.mkstemp(dir=self._directory, suffix=".part")
             with open(handle, "wb") as file:
-                file.write(data)
+                for part in parts:
+                    file.write(part + zlib.crc32(part).to_bytes(_CRC, "little"))
             os.replace(temporary, self._directory / f"{name}.kv")
-        except OSError:  # a full disk costs time, not the training
+        except OSError as error:  # a full disk costs time, not the training
+            _log.warning("prompts are not kept in %s: %s", self._directory, error)
             if temporary is not None:
                 with contextlib.suppress(OSError):
                     os.unlink(temporary)
-            return
-        self._on_disk[name] = len(data)
-        self._disk_used += len(data)
+
+    def _make_room(self, wanted: int) -> None:
+        files = []
+        for path in [*self._directory.glob("*.kv"), *self._directory.glob("*.part")]:
+            with contextlib.suppress(OSError):
+                stat = path.stat()
+                files.append((stat.st_mtime, stat.st_size, path))
+        used = sum(size for _, size, _ in files)
+        for _, size, path in sorted(files):
+            if used + wanted <= self._budget:
+                return
+            path.unlink(missing_ok=True)
+            used -= size
 
 
 class _Layout:
@@ -179,8 +215,15 @@ class _Layout:
                 counts[group] += 1
             self.places.append((module, *place))
         self.counts = counts
+        self.dtype, self._device = base.model.dtype, base.device
+        self._per_token = sum(n * heads * size for n, (heads, size) in zip(counts, self.shapes, strict=True))
 
-    def entries(self, captured: KeyValues, starts: list[int], lengths: list[int]) -> list[list[torch.Tensor]]:
+    def size(self, tokens: int) -> int:
+        return tokens * self._per_token * self.dtype.itemsize
+
+    def entries(self, packing: Packing) -> list[list[torch.Tensor]]:
+        """What was captured, for each sequence with the prefix before it."""
+        captured: KeyValues = packing.captured or {}
         groups: list[list[torch.Tensor]] = [[] for _ in self.shapes]
         for module, key_group, _, value_group, _ in self.places:
             k, v = captured[module]
@@ -188,8 +231,11 @@ class _Layout:
             groups[value_group].append(v[0])
         stacked = [torch.stack(tensors) for tensors in groups]
         return [
-            [tensor[:, :, start : start + length].clone() for tensor in stacked]
-            for start, length in zip(starts, lengths, strict=True)
+            [
+                torch.cat([tensor[:, :, : packing.prefix], tensor[:, :, start : start + length]], dim=2)
+                for tensor in stacked
+            ]
+            for start, length in zip(packing.starts, packing.lengths, strict=True)
         ]
 
     def past(self, entries: list[list[torch.Tensor]], lengths: list[int]) -> Past:
@@ -205,36 +251,30 @@ class _Layout:
         return Past(values, lengths)
 
     def pack(self, entry: list[torch.Tensor]) -> bytes:
-        return b"".join(tensor.contiguous().cpu().view(torch.uint8).numpy().tobytes() for tensor in entry)
+        flat = torch.cat([tensor.reshape(-1) for tensor in entry]).cpu()
+        return flat.view(torch.uint8).numpy().tobytes()
 
-    def unpack(self, data: bytes, dtype: torch.dtype) -> list[torch.Tensor]:
-        flat = torch.frombuffer(bytearray(data), dtype=dtype)
-        per_token = sum(
-            count * heads * size for count, (heads, size) in zip(self.counts, self.shapes, strict=True)
-        )
-        tokens = len(flat) // per_token
-        sizes = [
-            count * heads * tokens * size
-            for count, (heads, size) in zip(self.counts, self.shapes, strict=True)
-        ]
-        return [
-            part.view(count, heads, tokens, size)
-            for part, count, (heads, size) in zip(flat.split(sizes), self.counts, self.shapes, strict=True)
-        ]
+    def unpack(self, data: bytes) -> list[torch.Tensor]:
+        flat = torch.frombuffer(bytearray(data), dtype=self.dtype)
+        tokens = len(flat) // self._per_token
+        shapes = [(n, heads, tokens, size) for n, (heads, size) in zip(self.counts, self.shapes, strict=True)]
+        parts = flat.split([math.prod(shape) for shape in shapes])
+        return [part.view(shape).to(self._device) for part, shape in zip(parts, shapes, strict=True)]
 
 
-def _bytes(entry: Sequence[torch.Tensor]) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in entry)
+def _digest(value: object) -> str:
+    return hashlib.sha256(repr(value).encode()).hexdigest()[:32]
 
 
-def _batches(items: list[tuple[str, Any]]) -> list[list[tuple[str, Any]]]:
-    """Prompts of similar length together, at most FILL_TOKENS of them but at least one."""
-    batches: list[list[tuple[str, Any]]] = []
-    tokens = 0
-    for item in sorted(items, key=lambda item: len(item[1])):
-        tokens += len(item[1])
-        if not batches or tokens > FILL_TOKENS:
-            batches.append([])
-            tokens = len(item[1])
-        batches[-1].append(item)
-    return batches
+def _grouped(prompts: dict[str, Sequence[int]]) -> list[list[tuple[str, Sequence[int]]]]:
+    """Prompts of similar length together, at most GROUP_TOKENS of them but at least one."""
+    groups: list[list[tuple[str, Sequence[int]]]] = []
+    tokens, ended = 0, True
+    for name, prompt in sorted(prompts.items(), key=lambda item: (len(item[1]), item[0])):
+        if ended or tokens + len(prompt) > GROUP_TOKENS:
+            groups.append([])
+            tokens = 0
+        groups[-1].append((name, prompt))
+        tokens += len(prompt)
+        ended = int(name, 16) % GROUP_END == 0 and tokens > GROUP_TOKENS // 4
+    return groups

@@ -109,7 +109,8 @@ def train_lora(
     with lora_for_training(base, recipe, targets) as adapter:
         _check_invocation(examples, adapter.invocation or [])
         weights = _FlatWeights(list(adapter.named_tensors().values()))
-        prompts = PromptCache(base, prompt_cache) if adapter.invocation else None
+        heads = [example.prompt[: -len(adapter.invocation)] for example in examples if adapter.invocation]
+        prompts = PromptCache(base, heads, prompt_cache) if heads else None
         result = _run(base, examples, recipe, weights, prompts, checkpoints, checkpoint_seconds, on_progress)
         _save_adapter(base, adapter, targets, output)
     return result

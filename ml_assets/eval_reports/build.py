@@ -122,9 +122,10 @@ def build_report(
         champion = None
 
     hardware.prepare_process()
-    lines, decision, seconds, about = _evaluate(
-        spec, root, store, home, compute, adapter, dataset, base_model, champion, on_progress
-    )
+    with hardware.computing(home):
+        lines, decision, seconds, about = _evaluate(
+            spec, root, store, home, compute, adapter, dataset, base_model, champion, on_progress
+        )
     summary = summarize(lines, spec.evaluation, decision, about)
     text = "".join(json.dumps(line, ensure_ascii=False, sort_keys=True) + "\n" for line in lines)
     ref = store.publish(

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,10 +13,13 @@ from small_training import STEPS, small_base, small_dataset, small_inputs, small
 
 from ml_assets.adapters import train as train_module
 from ml_assets.adapters.fingerprint import NoEffect, make_fingerprint, matches, measure
+from ml_assets.adapters.kind import resolve_kind
 from ml_assets.adapters.recipe import checkpoint_folder, resolve_targets
 from ml_assets.adapters.reproduce import compare, reproduce_inputs
 from ml_assets.adapters.train import open_inputs, train_adapter
 from ml_assets.artifacts import ArtifactError, ArtifactStore, read_json
+from ml_assets.datasets.snapshot import load_rows
+from ml_assets.engine.prompting import render_target
 from ml_assets.spec import AdapterRecipe
 
 PROGRAM = Path(__file__).parent / "small_training.py"
@@ -49,6 +53,85 @@ def test_trained_once_and_pinned(evergreen_home: Path, store: ArtifactStore) -> 
 )
 def test_another_recipe_is_another_input_key(store: ArtifactStore, change: dict) -> None:
     assert small_inputs(store).key != small_inputs(store, **change).key
+
+
+def test_an_activated_adapter_is_trained_pinned_and_reproduced(
+    evergreen_home: Path, store: ArtifactStore
+) -> None:
+    inputs = small_inputs(store, kind="activated_lora")
+    first = train_adapter(inputs, store, evergreen_home)
+    assert read_json(store.open(first.ref) / "manifest.json")["kind"] == "activated_lora"
+    config = read_json(store.open(first.ref) / "adapter_config.json")
+    assert config["alora_invocation_tokens"]
+    kept = list((evergreen_home / "prompt_cache").glob("*.kv"))
+    assert kept
+    for path in kept:
+        path.unlink()
+    again = train_adapter(inputs, store, evergreen_home, reuse=False)
+    assert again.ref == first.ref and not list((evergreen_home / "prompt_cache").glob("*.kv"))
+    plain = train_adapter(small_inputs(store), store, evergreen_home)
+    assert plain.ref != first.ref
+
+
+def test_auto_keeps_the_kind_that_the_evaluation_allows(
+    evergreen_home: Path, store: ArtifactStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ml_assets.adapters import kind as kind_module
+
+    monkeypatch.setattr(kind_module, "MIN_HELD_OUT", 2)
+    monkeypatch.setattr(kind_module, "HELD_OUT", 3)
+    inputs = small_inputs(store, kind="auto")
+    resolved, choice = resolve_kind(inputs, store, evergreen_home)
+    assert choice is not None and set(choice["seconds"]) == {"lora", "activated_lora"}
+    assert choice["kind"] == resolved.spec.adapter.kind and choice["rows"] >= 2
+    said: list[str] = []
+    again, same = resolve_kind(inputs, store, evergreen_home, said.append)
+    assert same == choice and again.key == resolved.key and "as found before" in said[0]
+    named = small_inputs(store, kind=choice["kind"])
+    assert resolve_kind(named, store, evergreen_home) == (named, None)
+    assert resolved.key == named.key
+    assert not list((evergreen_home / "checkpoints").glob("*"))
+
+    monkeypatch.setattr(kind_module, "MIN_HELD_OUT", 10_000)
+    few, reason = resolve_kind(small_inputs(store, kind="auto", rank=2), store, evergreen_home)
+    assert few.spec.adapter.kind == "lora" and reason and "rows to compare on" in reason["reason"]
+
+
+@pytest.mark.parametrize(("loss", "kind"), [(0.5, "lora"), (0.0, "activated_lora")])
+def test_auto_falls_back_to_exact_lora_when_the_other_is_worse(
+    loss: float,
+    kind: str,
+    evergreen_home: Path,
+    store: ArtifactStore,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from ml_assets.adapters import kind as kind_module
+    from ml_assets.engine import training
+    from ml_assets.eval_reports import runner
+
+    monkeypatch.setattr(kind_module, "MIN_HELD_OUT", 2)
+    monkeypatch.setattr(kind_module, "HELD_OUT", 3)
+    answer, train = runner.answer, training.train_lora
+    right: list[str] = []
+
+    def answered(base, conversations, names, *args, **kwargs):
+        found, seconds = answer(base, conversations, names, *args, **kwargs)
+        arm = args[1]
+        wrong = int(loss * len(found)) if arm.adapter == "activated_lora" else 0
+        return [replace(a, text="no" if i < wrong else right[i]) for i, a in enumerate(found)], seconds
+
+    def trained(base, examples, recipe, *args, **kwargs):
+        result = train(base, examples, recipe, *args, **kwargs)
+        return replace(result, seconds=1.0 if recipe.kind == "activated_lora" else 9.0)
+
+    rows = load_rows(small_inputs(store).dataset_directory, "train")
+    _, held = kind_module.split_off(rows)
+    spec = small_spec()
+    right += [render_target(spec.prompt, row) for row in sorted(held, key=lambda row: row["_row"])]
+    monkeypatch.setattr(runner, "answer", answered)
+    monkeypatch.setattr(training, "train_lora", trained)
+    _, choice = resolve_kind(small_inputs(store, kind="auto"), store, evergreen_home)
+    assert choice is not None and choice["kind"] == kind, choice
 
 
 def test_another_base_or_dataset_is_another_input_key(store: ArtifactStore) -> None:

@@ -110,23 +110,27 @@ def test_loss_and_gradients_equal_padded_peft(architecture: str, shared: bool, t
         assert float((ours[key] - gradient).abs().max()) < 1e-4 * scale, key
 
 
-@pytest.mark.parametrize("memory", [2**30, 0], ids=["in memory", "on disk"])
+@pytest.mark.parametrize(
+    ("memory", "disk"), [(2**30, 0), (0, 2**30), (0, 0)], ids=["in memory", "on disk", "not kept"]
+)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_activated_lora_equals_peft(architecture: str, memory: int, tmp_path: Path) -> None:
+def test_activated_lora_equals_peft(architecture: str, memory: int, disk: int, tmp_path: Path) -> None:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
     base = tiny_base(architecture, tmp_path / "base")
     rows = examples(base)
-    prompts = PromptCache(base, tmp_path / "cache", memory)
+    heads = [row.prompt[: -len(base.chat.invocation_ids())] for row in rows]
+    prompts = PromptCache(base, heads, tmp_path / "cache", memory, disk)
+    assert prompts.kept == (memory + disk > 0)
     with with_lora(base, kind="activated_lora") as weights:
         assert step_loss(base, rows, prompts) == step_loss(base, rows, prompts)  # the second from the cache
         gradients(weights)
-        again = PromptCache(base, tmp_path / "cache", memory)  # as another process would
+        again = PromptCache(base, heads, tmp_path / "cache", memory, disk)  # as another process would
         loss = step_loss(base, rows, again)
         ours = gradients(weights)
         _save_adapter(base, base.lora.adapters["default"], targets(base), tmp_path / "adapter")
-    assert bool(list((tmp_path / "cache").rglob("*.kv"))) == (memory == 0)
+    assert bool(list((tmp_path / "cache").rglob("*.kv"))) == (disk > 0)
 
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
     peft = PeftModel.from_pretrained(plain, tmp_path / "adapter", is_trainable=True).eval()
@@ -144,6 +148,33 @@ def test_activated_lora_equals_peft(architecture: str, memory: int, tmp_path: Pa
         scale = float(gradient.abs().max())
         assert scale > 0, key
         assert float((ours[key] - gradient).abs().max()) < 1e-4 * scale, key
+
+
+def test_kept_prompts_are_the_same_bytes_and_damage_is_noticed(tmp_path: Path) -> None:
+    base = tiny_base("llama", tmp_path / "base")
+    prompts = [row.prompt for row in examples(base, 60, system="answer with one word")]
+
+    def values(cache: PromptCache, asked: list[list[int]]) -> bytes:
+        past = cache.past(asked)
+        assert past.lengths == [len(prompt) for prompt in asked]
+        return b"".join(x.numpy().tobytes() for pair in past.values.values() for x in pair)
+
+    folder = tmp_path / "kept"
+    fresh = values(PromptCache(base, prompts), prompts)
+    assert values(PromptCache(base, prompts, folder, 0), prompts) == fresh
+    files = sorted(folder.glob("*.kv"))
+    before = {path: path.read_bytes() for path in files}
+    assert values(PromptCache(base, prompts[::-1], folder, 0), prompts) == fresh
+    for path in files:
+        path.write_bytes(path.read_bytes()[:-1] if path == files[0] else b"\0" * path.stat().st_size)
+    assert values(PromptCache(base, prompts, folder, 0), prompts) == fresh
+    assert {path: path.read_bytes() for path in files} == before
+
+    size = sum(map(len, before.values()))
+    other = [row.prompt for row in examples(base, 60, system="say what it is")]
+    values(PromptCache(base, other, folder, 0, int(1.5 * size)), other)
+    assert sum(path.stat().st_size for path in folder.iterdir()) <= 1.5 * size
+    assert not PromptCache(base, other, folder, 0, 10).kept
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
@@ -203,11 +234,13 @@ def test_training_learns_and_gives_the_same_bytes(dtype: torch.dtype, tmp_path: 
     assert other.losses != first.losses
 
 
+@pytest.mark.parametrize("kind", ["lora", "activated_lora"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_resume_at_every_step_gives_the_same_bytes(dtype: torch.dtype, tmp_path: Path) -> None:
+def test_resume_at_every_step_gives_the_same_bytes(dtype: torch.dtype, kind: str, tmp_path: Path) -> None:
     base = tiny_base("qwen2", tmp_path / "base", dtype)
-    rows, plan = examples(base), recipe(dropout=0.1)
-    whole = train_lora(base, rows, plan, targets(base), tmp_path / "whole")
+    rows, plan = examples(base), recipe(dropout=0.1, kind=kind)
+    cache = tmp_path / "prompts"  # warm for those that resume
+    whole = train_lora(base, rows, plan, targets(base), tmp_path / "whole", prompt_cache=cache)
 
     class Stop(Exception):
         pass
@@ -231,7 +264,16 @@ def test_resume_at_every_step_gives_the_same_bytes(dtype: torch.dtype, tmp_path:
                 checkpoint_seconds=0,
                 on_progress=interrupt,
             )
-        resumed = train_lora(base, rows, plan, targets(base), out, checkpoints=folder, checkpoint_seconds=0)
+        resumed = train_lora(
+            base,
+            rows,
+            plan,
+            targets(base),
+            out,
+            checkpoints=folder,
+            checkpoint_seconds=0,
+            prompt_cache=None if stop % 2 else cache,
+        )
         assert resumed.resumed_from == stop
         assert resumed.losses == whole.losses
         assert sha256_file(out / "adapter_model.safetensors") == sha256_file(

@@ -1,0 +1,301 @@
+"""Greedy generation here, with transformers, vLLM and llama.cpp: prompts per second, memory, equal answers.
+
+    python -m benchmarks.generation --quick
+
+Every variant gets the same token ids and may answer with the same number of tokens, in a process of its own
+with all cores. Slow ones answer a sample of the prompts, evenly spaced by length.
+"""
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from benchmarks.common import (
+    Measured,
+    Measurement,
+    Options,
+    Unavailable,
+    Worker,
+    alternate,
+    base_gguf,
+    best,
+    cached_base,
+    closing,
+    megabytes,
+    number,
+    options,
+    parser,
+    peer_python,
+    print_json,
+    ratio,
+    say,
+    table,
+)
+from benchmarks.tasks import tasks
+from benchmarks.training import RECIPE
+
+ADAPTERS = 8
+NEW_TOKENS = 24
+TOPICS = "news_topics"
+MIXED_ROWS = 32
+"""Rows of one batch for peft, whose memory grows with them."""
+
+OURS, ONE, CONTINUOUS = "Evergreen", "transformers, one by one", "transformers, continuous batching"
+VLLM, LLAMA = "vLLM", "llama.cpp, Q4_1"
+BATCHED = {rows: f"transformers, sorted batches of {rows}" for rows in (16, 32)}
+LABELS, DECODED = "Evergreen, label scoring", "transformers, one by one "
+OURS_MIXED, PEFT_MIXED = "Evergreen, 8 adapters mixed", "peft adapter_names, 8 adapters mixed"
+PEFT_TURNS, VLLM_MIXED = "peft set_adapter, one after the other", "vLLM, 8 adapters mixed"
+
+
+def main() -> None:
+    arguments = parser(str(__doc__).split("\n\n")[0])
+    arguments.add_argument("--prompts", type=int, help="prompts; default 200, with --quick 48")
+    given = arguments.parse_args()
+    run = Run(options(given), given.prompts or (48 if given.quick else 200))
+    with closing(run.workers):
+        run.prepare()
+        run.measure()
+    run.report()
+
+
+class Run:
+    """One run of the benchmark: its processes, prompts and results."""
+
+    def __init__(self, given: Options, prompts: int):
+        self.options = given
+        self.count = prompts
+        self.workers: dict[str, Worker] = {}
+        self.missing: dict[str, str] = {}
+        self.results: dict[str, Measured] = {}
+        self.memory: dict[str, int] = {}
+
+    # -- preparation -----------------------------------------------------------------------------------
+
+    def prepare(self) -> None:
+        """Make the adapters, start and load every process, and let each answer a prompt."""
+        base = str(cached_base(self.options.cache))
+        say("starting the processes")
+        ours = self.workers[OURS] = Worker("generation-ours", "benchmarks.ours", self.options)
+        self.dtype = ours.ask("load", directory=base)["dtype"]
+        found = ours.ask("examples", task="headlines", first=0, count=self.count)
+        self.prompts = [one["prompt"] for one in found["examples"]]
+        topics = ours.ask("examples", task=TOPICS, first=0, count=self.count)["examples"]
+        self.topics = [one["prompt"] for one in topics]
+        labels = tasks()[TOPICS].labels
+        self.expected = [labels.index(one["expected"]) for one in topics]
+        self.label_tokens = max(len(one["target"]) for one in topics)
+        self.adapters = self._adapters(base)
+
+        limits = {"stop_ids": found["stop_ids"]}
+        order = {"base": base, "dtype": self.dtype, **limits}
+        theirs = "benchmarks.peers.transformers_generate"
+        loads: dict[str, tuple[str, str | None, dict[str, Any]]] = {
+            name: (theirs, None, order | {"pad_id": found["pad_id"]})
+            for name in (ONE, *BATCHED.values(), CONTINUOUS)
+        }
+        mixed = order | {"adapters": self.adapters}
+        loads[PEFT_MIXED] = (theirs, None, mixed | {"pad_id": found["pad_id"]})
+        loads[VLLM] = ("benchmarks.peers.vllm_offline", "vllm", order)
+        if not self.options.quick:
+            loads[VLLM_MIXED] = ("benchmarks.peers.vllm_offline", "vllm", mixed)
+        try:
+            llama = {"gguf": str(base_gguf()), **limits}
+            loads[LLAMA] = ("benchmarks.peers.llama_cpp_generate", "llama", llama)
+        except Unavailable as error:
+            self.missing[LLAMA] = str(error)
+        for name, (module, peer, arguments) in loads.items():
+            try:
+                python = peer_python(self.options.peers, peer) if peer else None
+                extra = {
+                    "VLLM_CPU_KVCACHE_SPACE": "1",
+                    "VLLM_LOGGING_LEVEL": "ERROR",
+                    "VLLM_NO_USAGE_STATS": "1",
+                }
+                short = "".join(c if c.isalnum() else "-" for c in name)
+                self.workers[name] = Worker(f"generation-{short}", module, self.options, python, **extra)
+                self.workers[name].ask("load", **arguments)
+            except Unavailable as error:
+                self.missing[name] = str(error)
+                say(f"{name}: {error}")
+        say("warm-up")
+        ours.ask("generate", prompts=self.prompts[:2], new_tokens=4)
+        for name in loads:
+            if name not in self.missing:
+                op = "continuous" if name == CONTINUOUS else "generate"
+                try:
+                    self.workers[name].ask(op, prompts=self.prompts[:2], new_tokens=4)
+                except Unavailable as error:
+                    self.missing[name] = str(error)
+                    say(f"{name}: {error}")
+
+    def _adapters(self, base: str) -> dict[str, str]:
+        """Folders of adapters for the same task, each trained for a few steps on rows of its own."""
+        folder = self.options.cache / "adapters" / Path(base).name
+        ours = self.workers[OURS]
+        made = {f"a{i}": str(folder / f"a{i}") for i in range(ADAPTERS)}
+        for i, path in enumerate(made.values()):
+            if not (Path(path) / "adapter_model.safetensors").exists():
+                say(f"training adapter {i + 1} of {ADAPTERS}")
+                rows = ours.ask("examples", task="headlines", first=500 + 30 * i, count=30)["examples"]
+                recipe = RECIPE | {"steps": 3, "seed": i, "batch_tokens": 1024}
+                ours.ask("train", examples=rows, recipe=recipe, output=path)
+        for name, path in made.items():
+            ours.ask("attach", name=name, directory=path)
+        return made
+
+    def _sample(self, size: int) -> list[int]:
+        """Numbers of prompts, evenly spaced by length."""
+        order = sorted(range(self.count), key=lambda i: len(self.prompts[i]))
+        step = max(1, len(order) // size)
+        return order[step // 2 :: step][:size]
+
+    # -- measuring -------------------------------------------------------------------------------------
+
+    def measure(self) -> None:
+        """Rounds of generation, of classification, and of mixed adapters."""
+        size = 8 if self.options.quick else 40
+        self.sample = self._sample(size)
+        few, everything = [self.prompts[i] for i in self.sample], self.prompts
+        ask, rounds, left = self._ask, self.options.rounds, self.options.left
+        variants: dict[str, Callable[[], Measurement]] = {
+            OURS: functools.partial(ask, OURS, "generate", everything, NEW_TOKENS),
+            ONE: functools.partial(ask, ONE, "generate", few, NEW_TOKENS),
+            LLAMA: functools.partial(ask, LLAMA, "generate", few, NEW_TOKENS),
+            VLLM: functools.partial(ask, VLLM, "generate", everything, NEW_TOKENS),
+            **{
+                name: functools.partial(ask, name, "generate", everything, NEW_TOKENS, rows=rows)
+                for rows, name in BATCHED.items()
+            },
+            CONTINUOUS: functools.partial(ask, CONTINUOUS, "continuous", few, NEW_TOKENS),
+        }
+        self.results |= alternate(variants, rounds, lambda: left() - (120 if self.options.quick else 0))
+        for name in variants:
+            if name in self.workers:
+                self.memory[name] = self.workers[name].peak_memory()
+        topics = [self.topics[i] for i in self.sample]
+        self.results |= alternate(
+            {
+                LABELS: self._choose,
+                DECODED: functools.partial(ask, ONE, "generate", topics, self.label_tokens),
+            },
+            rounds,
+            left,
+        )
+        names = [f"a{i % ADAPTERS}" for i in range(self.count)]
+        folders = [[name, self.adapters[name]] for name in names]
+        mixed: dict[str, Callable[[], Measurement]] = {
+            OURS_MIXED: functools.partial(ask, OURS, "mixed", everything, NEW_TOKENS, adapters=names),
+            PEFT_MIXED: functools.partial(
+                ask, PEFT_MIXED, "generate", everything, NEW_TOKENS, adapters=names, rows=MIXED_ROWS
+            ),
+            PEFT_TURNS: functools.partial(
+                ask, PEFT_MIXED, "sequential", everything, NEW_TOKENS, adapters=names, rows=MIXED_ROWS
+            ),
+        }
+        if not self.options.quick:
+            mixed[VLLM_MIXED] = functools.partial(
+                ask, VLLM_MIXED, "generate", everything, NEW_TOKENS, adapters=folders
+            )
+        self.results |= alternate(mixed, rounds, left)
+        for name in (PEFT_MIXED, VLLM_MIXED):
+            if name in self.workers:
+                self.memory[name] = self.workers[name].peak_memory()
+
+    def _ask(
+        self, name: str, op: str, prompts: list[list[int]], new_tokens: int, **extra: Any
+    ) -> Measurement:
+        if name in self.missing:
+            raise Unavailable(self.missing[name])
+        found = self.workers[name].ask(op, prompts=prompts, new_tokens=new_tokens, **extra)
+        generated = sum(map(len, found["tokens"]))
+        return found | {
+            "prompts": len(prompts),
+            "rate": len(prompts) / found["seconds"],
+            "token_rate": generated / found["seconds"],
+        }
+
+    def _choose(self) -> Measurement:
+        found = self.workers[OURS].ask("choose", task=TOPICS, prompts=self.topics)
+        return found | {"prompts": len(self.topics), "rate": len(self.topics) / found["seconds"]}
+
+    # -- results ---------------------------------------------------------------------------------------
+
+    def equal(self, name: str, reference: str = ONE) -> float | None:
+        """Share of the sample's answers that are those of the reference, token for token."""
+        theirs, ours = self.results[reference].last("tokens"), self.results[name].last("tokens")
+        if theirs is None or ours is None:
+            return None
+        same = ours if len(ours) == len(theirs) else [ours[i] for i in self.sample]
+        return round(sum(a == b for a, b in zip(same, theirs, strict=True)) / len(theirs), 3)
+
+    def report(self) -> None:
+        rate = {name: result.median("rate") for name, result in self.results.items()}
+
+        def row(name: str, reference: str, equal: str) -> list[str]:
+            result = self.results[name]
+            return [
+                name.strip(),
+                number(rate[name]),
+                number(result.median("token_rate"), 0),
+                number(ratio(rate[name], rate[reference])),
+                equal,
+                megabytes(self.memory.get(name)),
+                str(result.last("prompts") or "-"),
+                str(len(result.rounds)),
+                result.reason,
+            ]
+
+        header = [
+            "prompts/s",
+            "new tokens/s",
+            "times",
+            "equal answers",
+            "peak memory",
+            "prompts",
+            "rounds",
+            "",
+        ]
+        mean = sum(map(len, self.prompts)) / self.count
+        peers = [*BATCHED.values(), CONTINUOUS, VLLM, LLAMA]
+        print(
+            table(
+                f"Generation: prompts of {mean:.0f} tokens on average, up to {NEW_TOKENS} new ones, "
+                f"{self.dtype}; times one by one",
+                ["variant", *header],
+                [row(name, ONE, number(self.equal(name))) for name in (OURS, ONE, *peers)],
+            )
+        )
+        print(
+            table(
+                f"Classification: {TOPICS}, {len(tasks()[TOPICS].labels)} labels; times one-by-one decoding",
+                ["variant", *header],
+                [row(name, DECODED, "-") for name in (LABELS, DECODED)],
+            )
+        )
+        mixed = [name for name in (OURS_MIXED, PEFT_MIXED, PEFT_TURNS, VLLM_MIXED) if name in self.results]
+        print(
+            table(
+                f"{ADAPTERS} adapters, the prompts in turns; times peft's adapter_names",
+                ["variant", *header],
+                [row(name, PEFT_MIXED, number(self._equal_mixed(name))) for name in mixed],
+            )
+        )
+        print_json(
+            {
+                "vs_one_by_one": ratio(rate[OURS], rate[ONE]),
+                "vs_best_peer": ratio(rate[OURS], best(rate[name] for name in peers)),
+                "label_scoring_vs_one_by_one": ratio(rate[LABELS], rate[DECODED]),
+                "mixed_vs_peft": ratio(rate[OURS_MIXED], rate[PEFT_MIXED]),
+                "answers_equal": self.equal(OURS),
+            }
+        )
+
+    def _equal_mixed(self, name: str) -> float | None:
+        """Compared with one adapter after the other."""
+        return self.equal(name, PEFT_TURNS)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,134 @@
+"""Tasks, load generator and temporary deployments of the benchmarks."""
+
+import json
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+from benchmarks import load
+from benchmarks.common import Unavailable
+from benchmarks.deployment import Server, free_ports, prepare_home
+from benchmarks.orchestration import Sampler, figures
+from benchmarks.tasks import tasks
+from ml_assets.artifacts import ArtifactStore
+
+
+@contextmanager
+def chat_server(status: int = 200) -> Iterator[tuple[str, list[int]]]:
+    """(url, how many requests were open at each) of a server that streams two pieces."""
+    together: list[int] = []
+    now = 0
+    lock = threading.Lock()
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            nonlocal now
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            with lock:
+                now += 1
+                together.append(now)
+            self.send_response(status)
+            self.end_headers()
+            if status == 200:
+                for text in ("", "turn", " on"):
+                    self.event({"choices": [{"delta": {"content": text}}]})
+                    threading.Event().wait(0.02)
+                self.event({"choices": [], "usage": {"completion_tokens": body["max_tokens"]}})
+                self.wfile.write(b"data: [DONE]\n\n")
+            else:
+                self.wfile.write(b"the adapter is not there")
+            with lock:
+                now -= 1
+
+        def event(self, value: object) -> None:
+            self.wfile.write(f"data: {json.dumps(value)}\n\n".encode())
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}", together
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+def test_every_request_is_answered_with_that_many_clients_at_a_time():
+    with chat_server() as (url, together):
+        answers = load.run(url, "key", [{"max_tokens": n} for n in range(1, 13)], clients=4)
+    assert sorted(one.tokens for one in answers) == list(range(1, 13))
+    assert 2 <= max(together) <= 4
+    # the empty first piece is no text yet
+    assert all(one.first - one.asked >= 0.015 and one.ended > one.first for one in answers)
+
+
+def test_a_refused_request_is_an_error_that_says_why():
+    with chat_server(404) as (url, _), pytest.raises(load.LoadError, match="404: the adapter is not there"):
+        load.run(url, "key", [{"max_tokens": 3}] * 4, clients=2)
+
+
+@pytest.mark.parametrize(("share", "expected"), [(0.5, 50), (0.99, 99), (1.0, 100), (0.0, 1)])
+def test_percentile(share, expected):
+    assert load.percentile(list(range(100, 0, -1)), share) == expected
+
+
+def test_a_server_that_ends_is_unavailable_with_its_last_words(tmp_path):
+    (port,) = free_ports(1)
+    command = ["/bin/sh", "-c", "echo no such model >&2; exit 1"]
+    server = Server(command, f"http://127.0.0.1:{port}/", tmp_path / "log")
+    with pytest.raises(Unavailable, match="no such model"):
+        server.wait(10)
+    server.close()
+
+
+def test_a_home_has_the_base_of_the_cache_and_its_own_state(tmp_path, evergreen_home):
+    cache = ArtifactStore(str(tmp_path / "cache" / "artifacts"))
+    ref = cache.publish("base_model", {"config.json": b"{}"})
+    cache.remember("base_model", "a" * 64, ref, {})
+    cache.remember("adapter", "b" * 64, ref, {})
+    settings = prepare_home(tmp_path / "home", tmp_path / "cache")
+    store = ArtifactStore(settings.artifacts_url)
+    assert store.open(ref).is_dir()
+    assert store.recall("base_model", "a" * 64) == (ref, {})
+    assert store.recall("adapter", "b" * 64) is None
+    assert (settings.home / "downloads").resolve() == (evergreen_home / "downloads").resolve()
+    assert len({settings.dagster_port, settings.mlflow_port, settings.gateway_port}) == 3
+    prepare_home(tmp_path / "home", tmp_path / "cache")  # a second time changes nothing
+
+
+def test_figures_of_a_run_that_broke_off_have_what_there_is():
+    sampler = Sampler(lambda: None)
+    sampler.samples = [(10.5, 100), (11.5, 300), (13.0, 200)]
+    found = figures(
+        9.0, 14.0, {"dataset": [10.0, 11.0], "adapter": [11.0, 12.5], "endpoint": [13.0]}, 12.0, sampler
+    )
+    assert found["wall"] == 5.0 and found["first_step"] == 3.0
+    assert found["dataset seconds"] == 1.0 and found["dataset memory"] == 100
+    assert found["adapter memory"] == 300
+    assert "endpoint seconds" not in found
+    assert found["computed"] == 2.5
+
+
+def test_tasks_have_prompts_for_the_columns_of_their_rows():
+    assert len(tasks()) >= 4
+    for task in tasks().values():
+        columns = {name for names in task.prompt.columns().values() for name in names}
+        assert columns and task.kind in ("text", "json", "classification")
+        assert (task.kind == "classification") == bool(task.labels)
+
+
+def test_rows_of_the_tasks_differ_and_stay_the_same(home_with_packages: Path, monkeypatch):
+    monkeypatch.setenv("EVERGREEN_HOME", str(home_with_packages))
+    for task in tasks().values():
+        rows = task.rows(40)
+        assert rows == task.rows(60)[:40] and len(rows) == 40
+        assert len({task.prompt.user.format_map(row) for row in rows}) == 40
+        assert all(task.prompt.target.format_map(row).strip() for row in rows)

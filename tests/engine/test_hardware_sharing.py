@@ -1,0 +1,51 @@
+"""Processes of one deployment see whether another one computes, however it ended."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+from ml_assets.engine.hardware import computing, neighbours
+
+CHILD = """
+import sys, time
+from pathlib import Path
+from ml_assets.engine.hardware import computing
+with computing(Path(sys.argv[1])):
+    print("computes", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_neighbour_is_seen_until_it_ends(tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    assert not neighbours(home)
+    with computing(home):
+        pass
+    assert not neighbours(home)
+    children = [
+        subprocess.Popen([sys.executable, "-c", CHILD, str(home)], stdout=subprocess.PIPE, text=True)
+        for _ in range(2)  # e.g. two devices
+    ]
+    for child in children:
+        assert child.stdout and child.stdout.readline() == "computes\n"
+    for child in children:
+        assert neighbours(home)
+        os.kill(child.pid, signal.SIGKILL)
+        child.wait()
+    assert not neighbours(home)
+
+
+def test_threads_do_not_spin_for_long_unless_told_otherwise() -> None:
+    ask = "import os, ml_assets.engine; print(os.environ.get('GOMP_SPINCOUNT'))"
+
+    def spin(**changes: str) -> str:
+        kept = {k: v for k, v in os.environ.items() if k not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+        return subprocess.run(
+            [sys.executable, "-c", ask], env=kept | changes, capture_output=True, text=True, check=True
+        ).stdout.strip()
+
+    assert int(spin()) > 0
+    assert spin(GOMP_SPINCOUNT="7") == "7"
+    assert spin(OMP_WAIT_POLICY="ACTIVE") == "None"
