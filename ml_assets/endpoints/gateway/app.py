@@ -66,13 +66,14 @@ def create_app(
     *,
     max_queue: int = 64,
     max_body_bytes: int = MAX_BODY_BYTES,
+    **limits: Any,
 ) -> FastAPI:
     """The gateway as an ASGI application. It begins to serve what the ledger says when it starts.
 
-    `max_queue` is the number of requests of one customization that may wait; `app.state.engine` and
-    `app.state.metrics` are for tests.
+    `max_queue` is the number of requests of one customization that may wait, `limits` are the engine's other
+    ones; `app.state.engine` and `app.state.metrics` are for tests.
     """
-    engine, metrics = Engine(store, max_queue=max_queue), Metrics()
+    engine, metrics = Engine(store, max_queue=max_queue, **limits), Metrics()
     restored = asyncio.Event()
 
     @contextlib.asynccontextmanager
@@ -312,6 +313,7 @@ class _Call:
             top_p=1.0 if asked.top_p is None else asked.top_p,
             seed=asked.seed,
             stops=asked.stops(),
+            seconds=asked.timeout,
         )
         self._prompt_tokens = len(prompt)
         return generation
