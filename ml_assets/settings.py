@@ -9,6 +9,9 @@
 | `EVERGREEN_GATEWAY_PORT` | `8000` | OpenAI-compatible endpoint |
 | `EVERGREEN_ARTIFACTS_URL` | `<home>/artifacts` | fsspec URL of the artifact store |
 | `EVERGREEN_LEDGER_URL` | `sqlite:///<home>/ledger.db` | SQLAlchemy URL of the ledger and the API keys |
+| `EVERGREEN_REQUEST_SECONDS` | `300` | time that a request to the gateway may take, waiting included |
+| `EVERGREEN_KV_CACHE_MB` | `2048` | keys and values of the requests under way on one base, in the gateway |
+| `EVERGREEN_PREFIX_CACHE_MB` | `512` | those of system prompts and other beginnings kept for later requests |
 | `EVERGREEN_MLFLOW_URI` | `sqlite:///<home>/mlflow/mlflow.db` | MLflow tracking and registry store |
 """
 
@@ -29,11 +32,14 @@ class Settings:
     artifacts_url: str
     ledger_url: str
     mlflow_uri: str
+    request_seconds: int
+    kv_cache_bytes: int
+    prefix_cache_bytes: int
 
     @classmethod
     def from_env(cls) -> "Settings":
         """Read the environment. Raises ValueError that names the variable when a port is not a number
-        from 1 to 65535."""
+        from 1 to 65535, or a limit not a number from 1."""
         home = Path(os.environ.get("EVERGREEN_HOME", ".evergreen")).expanduser().resolve()
         return cls(
             home=home,
@@ -44,6 +50,9 @@ class Settings:
             artifacts_url=os.environ.get("EVERGREEN_ARTIFACTS_URL", str(home / "artifacts")),
             ledger_url=os.environ.get("EVERGREEN_LEDGER_URL", f"sqlite:///{home / 'ledger.db'}"),
             mlflow_uri=os.environ.get("EVERGREEN_MLFLOW_URI", f"sqlite:///{home / 'mlflow' / 'mlflow.db'}"),
+            request_seconds=_limit("EVERGREEN_REQUEST_SECONDS", 300),
+            kv_cache_bytes=_limit("EVERGREEN_KV_CACHE_MB", 2048) * 2**20,
+            prefix_cache_bytes=_limit("EVERGREEN_PREFIX_CACHE_MB", 512) * 2**20,
         )
 
     @property
@@ -94,6 +103,13 @@ class Settings:
     @property
     def gateway_url(self) -> str:
         return f"http://{self.host}:{self.gateway_port}"
+
+
+def _limit(variable: str, default: int) -> int:
+    text = os.environ.get(variable, str(default))
+    if not text.isdigit() or int(text) < 1:
+        raise ValueError(f"{variable}={text!r}: expected a whole number from 1")
+    return int(text)
 
 
 def _port(variable: str, default: int) -> int:

@@ -567,4 +567,10 @@ def app_from_settings() -> FastAPI:
     settings = Settings.from_env()
     ledger = Ledger(settings.ledger_url)
     keys.ensure_admin_key(ledger, settings.home / keys.ADMIN_KEY_FILE)
-    return create_app(ledger, ArtifactStore(settings.artifacts_url, Path(settings.artifact_cache)))
+    return create_app(
+        ledger,
+        ArtifactStore(settings.artifacts_url, Path(settings.artifact_cache)),
+        request_seconds=settings.request_seconds,
+        kv_bytes=settings.kv_cache_bytes,
+        prefix_bytes=settings.prefix_cache_bytes,
+    )
