@@ -94,6 +94,7 @@ def build_endpoint_asset(spec: CustomizationSpec) -> dg.AssetsDefinition:
                             mlflow_version=challenger.version,
                             max_new_tokens=spec.endpoint.max_new_tokens,
                             max_prompt_tokens=spec.endpoint.max_prompt_tokens,
+                            engine=spec.endpoint.engine,
                             run_id=context.run.run_id,
                             actor=actor(context.run.tags),
                             reason=f"promoted by eval report {report[:12]}",
