@@ -106,9 +106,7 @@ class Version:
         it, so it does so on its own base."""
         from ml_assets.adapters.fingerprint import matches
 
-        tolerance = self.fingerprint["tolerance"]
-        pairs = zip(self.fingerprint["probes"], measured["without"], strict=True)
-        bare = all(abs(probe["without"] - value) <= tolerance for probe, value in pairs)
+        bare = matches(self.fingerprint, measured["without"], "without")
         return bare and matches(self.fingerprint, measured["with"])
 
     def describe(self) -> dict[str, Any]:

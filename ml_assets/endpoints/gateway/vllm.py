@@ -79,7 +79,8 @@ class Replica:
 
 @dataclass(eq=False)
 class _Adapter:
-    """What replicas of `base` should hold under `name`; `probes` are token ids of (prompt, answer)."""
+    """What replicas of `base` should hold under `name`; `probes` are token ids of (prompt, answer). It is
+    `watched`, loaded again where it is missing, once it was loaded and measured for the first time."""
 
     name: str
     base: str
@@ -87,6 +88,7 @@ class _Adapter:
     version: Version
     probes: list[tuple[list[int], list[int]]]
     users: set[Version]
+    watched: bool = False
 
 
 @dataclass(eq=False)
@@ -247,6 +249,7 @@ class VllmEngine:
                 raise outcome
         if not measured:
             raise self._nobody(adapter.base)
+        adapter.watched = True
         return max(measured, key=lambda one: _deviation(adapter.version.fingerprint, one))
 
     def _forget(self, version: Version) -> None:
@@ -295,7 +298,8 @@ class VllmEngine:
         return [
             adapter
             for adapter in self._adapters.values()
-            if adapter.base in replica.bases
+            if adapter.watched
+            and adapter.base in replica.bases
             and adapter.name not in replica.ready
             and replica.retry_at.get(adapter.name, 0.0) <= now
         ]
