@@ -475,7 +475,7 @@ class CustomizationSpec(Block):
     adapter: AdapterRecipe = Field(default_factory=AdapterRecipe, description="how it is trained")
     evaluation: EvaluationSpec = Field(description="how answers are judged")
     freshness: FreshnessSpec = Field(default_factory=FreshnessSpec, description="how old it may get")
-    endpoint: EndpointSpec = Field(default_factory=EndpointSpec, description="serving limits")
+    endpoint: EndpointSpec = Field(default_factory=EndpointSpec, description="what serves, and its limits")
 
     @field_validator("name")
     @classmethod

