@@ -214,20 +214,18 @@ async def _restore(
 ) -> None:
     """Serve again what was served: whatever does not verify is left out, loudly, and the rest serves. What
     has no vLLM server yet is tried again until it has one."""
-    for release in released.values():
-        await _serve_again(engine, release)
+    waiting = [name for name, release in released.items() if not await _serve_again(engine, release)]
     restored.set()
-    while engine.vllm is not None:
+    while waiting:
         await asyncio.sleep(RESTORE_SECONDS)
-        missing = list(engine.unserved)
-        released = await run_in_threadpool(ledger.current_all) if missing else {}
-        for name in missing:
-            release = released.get(name)
-            if release and (release.engine or engine.default) == "vllm":
-                await _serve_again(engine, release)
+        released = await run_in_threadpool(ledger.current_all)
+        waiting = [
+            name for name in waiting if name in released and not await _serve_again(engine, released[name])
+        ]
 
 
-async def _serve_again(engine: Engine, release: Release) -> None:
+async def _serve_again(engine: Engine, release: Release) -> bool:
+    """Whether that is settled: it serves, or can't. Otherwise its servers are away."""
     name = release.customization
     version = Version(
         customization=name,
@@ -244,10 +242,12 @@ async def _serve_again(engine: Engine, release: Release) -> None:
         log.info("%s: served by adapter %s again", name, release.adapter_digest)
     except ApiError as error:
         if name in engine.served or error.code == "overtaken":
-            return  # a release came in between
+            return True  # a release came in between
         if engine.unserved.get(name) != error.message:
             log.error("%s is NOT SERVED: %s", name, error.message)
         engine.unserved[name] = error.message
+        return error.code != "no_replica"
+    return True
 
 
 # -- one chat completion -----------------------------------------------------------------------------------

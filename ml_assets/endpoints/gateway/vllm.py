@@ -62,7 +62,8 @@ class Replica:
 
     url: str
     up: bool = False
-    problem: str = "not asked yet"
+    problem: str = "was not asked yet"
+    looked_at: float = 0.0
     bases: dict[str, int] = field(default_factory=dict)
     loaded: set[str] = field(default_factory=set)
     ready: set[str] = field(default_factory=set)
@@ -160,7 +161,7 @@ class VllmEngine:
             for probe in version.fingerprint["probes"]
         ]
         name = adapter_name(version)
-        record = _Adapter(name, version.base_revision, adapter, version, probes, {version})
+        record = _Adapter(name, version.base_revision, adapter.absolute(), version, probes, {version})
         context = self._call(self._load(record))
         version.loaded = BaseText(
             text.digest, text.chat, text.tokenizer, min(text.context_length, context), text.lock
@@ -223,7 +224,9 @@ class VllmEngine:
             known.users |= adapter.users
         else:
             self._adapters[adapter.name] = adapter
-        await asyncio.gather(*(self._look(replica) for replica in self.replicas))
+        stale = time.monotonic() - self._watch_seconds
+        away = [replica for replica in self.replicas if not replica.up and replica.looked_at < stale]
+        await asyncio.gather(*(self._look(replica) for replica in away))
         targets = self._replicas_of(adapter.base)
         outcomes = await asyncio.gather(*(self._put(r, adapter) for r in targets), return_exceptions=True)
         for outcome in outcomes:
@@ -272,9 +275,10 @@ class VllmEngine:
         return ApiError(503, "no_replica", self._why_nobody(base), headers={"Retry-After": "5"})
 
     def _why_nobody(self, base: str) -> str:
+        """Users see it, so it names the servers by their place in EVERGREEN_VLLM_URLS."""
         found = "; ".join(
-            f"{r.url} serves {', '.join(sorted(r.bases)) or 'nothing'}" if r.up else f"{r.url}: {r.problem}"
-            for r in self.replicas
+            f"server {i} serves {', '.join(sorted(r.bases))}" if r.up else f"server {i} {r.problem}"
+            for i, r in enumerate(self.replicas, 1)
         )
         return f"no vLLM server answers for base {base} (expected as --served-model-name): {found}"
 
@@ -319,16 +323,16 @@ class VllmEngine:
             bases = {card["id"]: int(card["max_model_len"]) for card in cards if not card.get("parent")}
             adapters = {card["id"] for card in cards if card.get("parent")}
         except httpx.ConnectError as error:
-            self._lose(replica, f"not reachable ({error})")
+            self._lose(replica, f"is not reachable ({error})")
         except (httpx.HTTPError, ReplicaLost) as error:
             replica.misses += 1
             if replica.misses >= MISSES or not replica.up:
                 self._lose(replica, f"does not answer: {type(error).__name__} {error}")
         except (ValueError, KeyError, TypeError) as error:
-            self._lose(replica, f"/v1/models: not an answer of vLLM ({error!r})")
+            self._lose(replica, f"does not answer /v1/models as vLLM does ({error!r})")
         else:
             if life != replica.life:
-                return
+                return  # somebody else has seen it die meanwhile
             if not replica.up or replica.bases != bases:
                 log.info("vLLM at %s serves %s", replica.url, ", ".join(sorted(bases)))
             if replica.bases != bases:
@@ -336,6 +340,8 @@ class VllmEngine:
                 replica.ready.clear()
             replica.up, replica.problem, replica.misses, replica.bases = True, "", 0, bases
             self._missing(replica, loaded - adapters)
+        finally:
+            replica.looked_at = time.monotonic()
 
     def _lose(self, replica: Replica, problem: str) -> None:
         if replica.up or replica.life == 0:
@@ -499,13 +505,11 @@ class VllmEngine:
 
     def problem(self, version: Version) -> str | None:
         """Why no replica can answer for this version now; None when one can."""
-        name = adapter_name(version)
-        if any(replica.up and name in replica.ready for replica in self.replicas):
+        if self.ready_replicas(version):
             return None
-        replicas = self._replicas_of(version.base_revision)
-        if not replicas:
+        if not self._replicas_of(version.base_revision):
             return self._why_nobody(version.base_revision)
-        return f"{', '.join(replica.url for replica in replicas)}: {name} is being loaded"
+        return f"{adapter_name(version)} is being loaded"
 
     def ready_replicas(self, version: Version) -> int:
         """How many replicas answer for a version."""
