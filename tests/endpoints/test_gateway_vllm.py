@@ -14,6 +14,7 @@ from gateway_world import QUESTION, Made, World, gateway_in_thread
 from vllm_servers import SmallVllm, name_of, small_vllm, wait_for
 
 from ml_assets.endpoints.gateway import app as gateway_app
+from ml_assets.endpoints.gateway import vllm
 from ml_assets.endpoints.gateway.client import GatewayClient, GatewayError
 from ml_assets.endpoints.gateway.vllm import VllmEngine
 from ml_assets.endpoints.release import serve_again, verify_served
@@ -56,8 +57,8 @@ def adapters(world: World) -> list[Made]:
 
 
 def fleet_of(world: World, servers: list[SmallVllm], **options: Any) -> Any:
-    vllm = VllmEngine([s.url for s in servers], "secret", watch_seconds=0.1)
-    return gateway_in_thread(world, engine_name="vllm", vllm=vllm, **options)
+    engine = VllmEngine([s.url for s in servers], "secret", watch_seconds=0.1)
+    return gateway_in_thread(world, engine_name="vllm", vllm=engine, **options)
 
 
 @pytest.fixture
@@ -164,6 +165,24 @@ def test_requests_go_to_the_replica_with_the_fewest(two: Fleet, adapters: list[M
         answers = list(pool.map(lambda _: two.chat(), range(4)))
     assert {answer.status_code for answer in answers} == {200}
     assert [len(server.asked("answer")) for server in two.servers] == [2, 2]
+
+
+def test_servers_of_two_revisions_side_by_side(world: World, adapters: list[Made]) -> None:
+    newer = world.adapter("migrated", 1, base_seed=5)
+    with (
+        small_vllm(world, adapters[0]) as old,
+        small_vllm(world, newer) as new,
+        fleet_of(world, [old, new]) as (url, app),
+    ):
+        fleet = Fleet(world, url, app, [old, new])
+        fleet.serve(adapters[0])
+        fleet.serve(newer)
+        for made, server in ((adapters[0], old), (newer, new)):
+            answer = fleet.chat(model=made.customization)
+            assert answer.headers["x-evergreen-base"] == made.base_revision
+            assert answer.json()["choices"][0]["message"]["content"] in made.answers
+            assert set(server.adapters) == {name_of(made)}
+    withdraw(world)
 
 
 def test_a_client_that_leaves_is_not_worked_for(one: Fleet, adapters: list[Made]) -> None:
@@ -361,18 +380,24 @@ def test_after_its_first_token_a_request_fails(two: Fleet, adapters: list[Made])
         list(two.openai.chat.completions.create(model="home", messages=QUESTION, stream=True))
 
 
-def test_a_replica_that_hangs_is_left(two: Fleet, adapters: list[Made]) -> None:
+def test_a_replica_that_hangs_is_left(two: Fleet, adapters: list[Made], monkeypatch: Any) -> None:
     """Its requests go to the other one when it is found dead, although their connections are open."""
+    monkeypatch.setattr(vllm, "HEALTH_SECONDS", 1.0)
     two.serve(adapters[0])
     first, second = two.servers
-    first.token_seconds = second.token_seconds = 30.0
+    for server in two.servers:
+        server.token_seconds = 1.0
     with ThreadPoolExecutor(1) as pool:
         answer = pool.submit(two.chat)
         wait_for(lambda: first.open + second.open == 1, "the answer to begin")
         hung, other = (first, second) if first.open else (second, first)
-        other.token_seconds = 0.0
-        hung.stop()
+        hung.hangs, other.token_seconds = True, 0.0
         assert answer.result().json()["choices"][0]["message"]["content"] in adapters[0].answers
+    assert two.ready(adapters[0]) == 1
+    hung.hangs = False
+    wait_for(lambda: two.ready(adapters[0]) == 2, "it to be back")
+    assert len(hung.asked("load")) == 1, "it had lost nothing, but was verified again"
+    assert len(hung.asked("probe")) == 2 * len(other.asked("probe"))
 
 
 def test_a_gateway_that_starts_before_its_servers(

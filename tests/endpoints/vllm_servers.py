@@ -42,8 +42,8 @@ class SmallVllm:
     """A server of one base, in this process. Attributes make it fail: `swap` gives the adapter in one path
     for that in another, `token_seconds` passes before every token, `break_after` tokens the connection
     breaks, `refuse` is the answer to a load, `status` the one to completions, `runtime_loras` and `mounted`
-    say whether adapters can be loaded at all, and be seen. `log` holds what was asked, `open` how many
-    answers are being given."""
+    say whether adapters can be loaded at all, and be seen; while it `hangs` it says nothing. `log` holds what
+    was asked, `open` how many answers are being given."""
 
     def __init__(self, world: World, made: Made, *, served_name: str | None = None, api_key: str = ""):
         directory = world.home / "artifacts" / "base_model" / made.base_digest
@@ -61,6 +61,7 @@ class SmallVllm:
         self.status = 200
         self.runtime_loras = True
         self.mounted = True
+        self.hangs = False
         self.log: list[tuple[str, str]] = []
         self.open = 0
         self._lock = threading.Lock()
@@ -90,6 +91,8 @@ class SmallVllm:
 
         @app.middleware("http")
         async def authorize(request: Request, following: Any) -> Response:
+            while self.hangs:
+                await asyncio.sleep(0.02)
             given = request.headers.get("authorization")
             if self.api_key and request.url.path != "/health" and given != f"Bearer {self.api_key}":
                 return JSONResponse({"error": "Unauthorized"}, 401)
@@ -143,12 +146,13 @@ class SmallVllm:
         async def completions(request: Request) -> Response:
             body = await request.json()
             model, prompt = body["model"], body["prompt"]
-            self.log.append(("probe" if "prompt_logprobs" in body else "answer", model))
+            probed = body.get("allowed_token_ids")
+            self.log.append(("probe" if probed else "answer", model))
             if model != self.served_name and model not in self.adapters:
                 return _error(404, f"The model `{model}` does not exist.")
             path = self.adapters.get(model)
-            if "prompt_logprobs" in body:
-                return JSONResponse(await run_in_threadpool(self._score, path, prompt))
+            if probed:
+                return JSONResponse(await run_in_threadpool(self._score, path, prompt, probed))
             if self.status != 200:
                 return _error(self.status, "told to fail")
             assert body["return_token_ids"] and body["top_k"] == 0 and body["repetition_penalty"] == 1.0
@@ -156,11 +160,10 @@ class SmallVllm:
 
         return app
 
-    def _score(self, path: str | None, ids: list[int]) -> dict[str, Any]:
+    def _score(self, path: str | None, prompt: list[int], answer: list[int]) -> dict[str, Any]:
         with self._lock, self.base.active(path):
-            values = [mean_logprobs(self.base, [(ids[:i], ids[i : i + 1])])[0] for i in range(1, len(ids))]
-        found = [{str(token): {"logprob": value}} for token, value in zip(ids[1:], values, strict=True)]
-        return {"choices": [{"prompt_logprobs": [None, *found]}]}
+            value = mean_logprobs(self.base, [(prompt, answer)])[0]
+        return {"choices": [{"token_ids": answer, "logprobs": {"token_logprobs": [value]}}]}
 
     async def _stream(self, path: str | None, body: dict[str, Any]) -> AsyncIterator[bytes]:
         from ml_assets.engine.generation import generate
@@ -180,6 +183,8 @@ class SmallVllm:
                 if self.break_after == i:
                     raise ConnectionError("told to break the connection")
                 await asyncio.sleep(self.token_seconds)
+                while self.hangs:
+                    await asyncio.sleep(0.02)
                 last = i == len(completion.token_ids) - 1 and completion.finish_reason == "length"
                 yield chunk([token], "length" if last else None)
             if completion.finish_reason == "stop":
