@@ -22,6 +22,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from ml_assets.artifacts import canonical_json, sha256_bytes
+from ml_assets.settings import EngineName
 
 NAME = r"^[a-z][a-z0-9_]*$"
 FAMILY = r"^[a-z0-9][a-z0-9._-]*$"
@@ -454,8 +455,13 @@ class FreshnessSpec(Block):
 
 
 class EndpointSpec(Block):
-    """Serving limits."""
+    """What serves, and its limits."""
 
+    engine: EngineName | None = Field(
+        default=None,
+        description="`in_process` (the gateway computes) or `vllm` (servers named by `EVERGREEN_VLLM_URLS`, "
+        "which serve exact LoRA only); default: the deployment's, `EVERGREEN_ENGINE`",
+    )
     max_new_tokens: int = Field(default=256, ge=1, description="longest answer")
     max_prompt_tokens: int | None = Field(default=None, ge=1, description="default: the base's context")
 
@@ -475,7 +481,7 @@ class CustomizationSpec(Block):
     adapter: AdapterRecipe = Field(default_factory=AdapterRecipe, description="how it is trained")
     evaluation: EvaluationSpec = Field(description="how answers are judged")
     freshness: FreshnessSpec = Field(default_factory=FreshnessSpec, description="how old it may get")
-    endpoint: EndpointSpec = Field(default_factory=EndpointSpec, description="serving limits")
+    endpoint: EndpointSpec = Field(default_factory=EndpointSpec, description="what serves, and its limits")
 
     @field_validator("name")
     @classmethod
