@@ -30,6 +30,7 @@ from benchmarks.common import (
     print_json,
     ratio,
     say,
+    start,
     table,
 )
 from benchmarks.tasks import tasks
@@ -298,4 +299,4 @@ class Run:
 
 
 if __name__ == "__main__":
-    main()
+    start(main)

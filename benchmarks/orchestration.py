@@ -40,6 +40,7 @@ from benchmarks.common import (
     options,
     parser,
     print_json,
+    start,
     table,
 )
 from benchmarks.deployment import (
@@ -317,4 +318,4 @@ def report(results: dict[str, Measured], loading: dict[str, Measured]) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    start(main)

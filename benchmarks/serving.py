@@ -39,6 +39,7 @@ from benchmarks.common import (
     print_json,
     ratio,
     say,
+    start,
     table,
 )
 from benchmarks.deployment import Server, deployment_environment, free_ports, gateway, prepare_home
@@ -114,10 +115,10 @@ class Run:
         }
         if not self.options.quick:
             starts[TRANSFORMERS] = self._transformers
-        for name, start in starts.items():
+        for name, begin in starts.items():
             say(f"starting {name}")
             try:
-                target = start()
+                target = begin()
                 self.open[name] = target.server
                 target.server.wait(min(300.0, self.options.left()))
                 target.questions = cycle(self.questions)
@@ -301,4 +302,4 @@ def _milliseconds(seconds: float | None) -> float | None:
 
 
 if __name__ == "__main__":
-    main()
+    start(main)

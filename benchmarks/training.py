@@ -31,6 +31,7 @@ from benchmarks.common import (
     print_json,
     ratio,
     say,
+    start,
     table,
 )
 from benchmarks.tasks import tasks
@@ -307,4 +308,4 @@ def _median(values: list[float]) -> float | None:
 
 
 if __name__ == "__main__":
-    main()
+    start(main)
