@@ -274,7 +274,7 @@ class Run:
         rows += [[name, *["-"] * 7, "0", reason] for name, reason in self.missing.items()]
         header = ["server", "adapters", "clients", "requests/s", "new tokens/s", "median first ms", "p99 ms"]
         title = f"Serving: {TASK}, up to {NEW_TOKENS} new tokens, {self.dtype}"
-        print(table(title, [*header, "peak memory", "rounds", ""], sorted(rows, key=lambda row: row[2])))
+        print(table(title, [*header, "peak memory", "rounds", "note"], sorted(rows, key=lambda row: row[2])))
 
         def median(name: str, adapters: int, clients: int, figure: str) -> float | None:
             found = results.get((name, adapters, clients))

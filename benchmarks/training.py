@@ -262,7 +262,15 @@ class Run:
                     result.reason,
                 ]
             )
-        header = ["variant", "useful tokens/s", "times Trainer", "peak memory", "held-out NLL", "rounds", ""]
+        header = [
+            "variant",
+            "useful tokens/s",
+            "times Trainer",
+            "peak memory",
+            "held-out NLL",
+            "rounds",
+            "note",
+        ]
         before = number(self.losses.get("base"), 4)
         title = (
             f"Training: {self.task}, {self.count} examples, {len(self.batches)} steps an epoch, rank "
