@@ -50,7 +50,8 @@ from ml_assets.endpoints.ledger import Ledger
 TASK = "home_commands"
 NEW_TOKENS = 24
 ADAPTERS = 8
-CLIENTS = (1, 8, 32)
+QUESTIONS = {1: 4, 8: 16, 32: 32}
+"""Of a measurement, by the number of clients; `--times` multiplies them."""
 STEPS = 6
 """Of the training of each adapter: enough that each answers in its own way."""
 
@@ -71,8 +72,9 @@ class Target:
 
 def main() -> None:
     arguments = parser(str(__doc__).split("\n\n")[0])
-    given = options(arguments.parse_args())
-    run = Run(given)
+    arguments.add_argument("--times", type=int, help="factor on the questions; default 4, with --quick 1")
+    given = arguments.parse_args()
+    run = Run(options(given), given.times or (1 if given.quick else 4))
     with closing(run.open):
         run.prepare()
         results = run.measure()
@@ -82,12 +84,12 @@ def main() -> None:
 class Run:
     """One run of the benchmark: its servers and results."""
 
-    def __init__(self, given: Options):
+    def __init__(self, given: Options, times: int):
         self.options = given
         self.open: dict[str, Any] = {}
         self.targets: dict[str, Target] = {}
         self.missing: dict[str, str] = {}
-        self.requests = {1: 4, 8: 16, 32: 32} if given.quick else {1: 16, 8: 64, 32: 128}
+        self.requests = {clients: count * times for clients, count in QUESTIONS.items()}
 
     # -- preparation -----------------------------------------------------------------------------------
 
@@ -213,7 +215,7 @@ class Run:
     def measure(self) -> dict[tuple[str, int, int], Measured]:
         """Rounds over {(server, adapters, clients)}; a server without adapters has a single cell of each."""
         cells: dict[tuple[str, int, int], Callable[[], Measurement]] = {}
-        for clients in CLIENTS:
+        for clients in QUESTIONS:
             for adapters in (1, ADAPTERS):
                 for name, target in self.targets.items():
                     if adapters <= len(target.models):
@@ -280,7 +282,7 @@ class Run:
             found = results.get((name, adapters, clients))
             return found.median(figure) if found else None
 
-        busiest = CLIENTS[-1]
+        busiest = max(QUESTIONS)
         ours = median(OURS, ADAPTERS, busiest, "tokens")
         peers = [
             median(name, len(target.models), busiest, "tokens")
