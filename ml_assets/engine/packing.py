@@ -392,6 +392,7 @@ class Step(_Pass):
         n, heads, size = q.shape
         shared = k.shape[1]
         k, v = (x[:n, :, :span].reshape(n * shared, span, -1) for x in (k, v))  # a view: no copy
+        q = q * options.scale
         scores = torch.bmm(q.reshape(n * shared, -1, size), k.transpose(1, 2)).view(n, heads, 1, span)
         if self._prefix is None:
             weights = _weights(scores, mask, options)
@@ -490,7 +491,7 @@ def _scores(
     """Attention of q (n, H, L, D) to k, v (n, H or a divisor, S, D) under mask (n, 1, L, S)."""
     n, heads, width, size = q.shape
     shared = k.shape[1]
-    q = q.reshape(n * shared, heads // shared * width, size)
+    q = (q * o.scale).reshape(n * shared, heads // shared * width, size)
     scores = torch.bmm(q, k.reshape(n * shared, -1, size).transpose(1, 2))
     weights = _weights(scores.view(n, heads, width, -1), mask, o)
     out = torch.bmm(weights.view(n * shared, -1, weights.shape[-1]), v.reshape(n * shared, -1, v.shape[-1]))
@@ -498,11 +499,10 @@ def _scores(
 
 
 def _weights(scores: torch.Tensor, mask: torch.Tensor, o: _Options) -> torch.Tensor:
-    """Attention weights (n, H, L, S) from plain products."""
-    scores = scores * o.scale
+    """Attention weights (n, H, L, S) from scaled products, which are overwritten."""
     if o.softcap is not None:
         scores = torch.tanh(scores / o.softcap) * o.softcap
-    scores = scores + mask
+    scores += mask
     if o.sinks is not None:
         n, _, width, _ = scores.shape
         scores = torch.cat([scores, o.sinks.reshape(1, -1, 1, 1).expand(n, -1, width, 1)], dim=-1)
