@@ -4,6 +4,7 @@ Nothing here reads data or imports Dagster; `ml_assets.customization` turns a `C
 """
 
 import math
+import os
 import re
 from statistics import NormalDist
 from string import Formatter
@@ -505,6 +506,21 @@ class CustomizationSpec(Block):
             if not re.fullmatch(r"team:[\w.-]+|[^@\s]+@[^@\s]+\.[^@\s]+", owner):
                 raise _wrong(str(index), f"expected 'team:<name>' or an e-mail address, found {owner!r}")
         return owners
+
+    @model_validator(mode="after")
+    def _servable(self) -> "CustomizationSpec":
+        if self.adapter.kind == "activated_lora" and self.engine() == "vllm":
+            where = "endpoint.engine" if self.endpoint.engine else "EVERGREEN_ENGINE"
+            raise _wrong(
+                "adapter.kind",
+                f"expected lora or auto: {where} is vllm, which serves exact LoRA only; or serve it with "
+                "endpoint.engine: in_process",
+            )
+        return self
+
+    def engine(self) -> str:
+        """What answers: the endpoint's engine, else the deployment's."""
+        return self.endpoint.engine or os.environ.get("EVERGREEN_ENGINE") or "in_process"
 
     def version(self, code: str, *blocks: str) -> str:
         """Version of what is made from these blocks by code of version `code`: a change of the YAML makes
