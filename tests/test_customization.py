@@ -227,8 +227,8 @@ MISTAKES = {
         "  evaluation:",
         "  adapter: {kind: activated_lora}\n  endpoint: {engine: vllm}\n  evaluation:",
         12,
-        "adapter.kind: expected lora or auto: endpoint.engine is vllm, which serves exact LoRA only; or serve "
-        "it with endpoint.engine: in_process",
+        "adapter.kind: expected lora or auto: endpoint.engine is vllm, which serves exact LoRA only; or "
+        "serve it with endpoint.engine: in_process",
     ),
     "bad duration": (
         "  evaluation:",
