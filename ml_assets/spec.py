@@ -419,6 +419,11 @@ class EvaluationSpec(Block):
     max_new_tokens: int | None = Field(
         default=None, ge=1, description="default: the longest training target and a quarter more"
     )
+    answer_by: Literal["generation", "label_scores"] = Field(
+        default="generation",
+        description="how answers are found, in evaluation and at the endpoint: free generation, or, for "
+        "classification, the most probable of the labels in the training rows, in one pass",
+    )
     value: ValueSpec = Field(default_factory=ValueSpec, description="what answers are worth")
     gate: GateSpec = Field(default_factory=GateSpec, description="when a candidate may serve")
 
@@ -430,6 +435,8 @@ class EvaluationSpec(Block):
                 "expected another metric before macro_f1: the first one decides row by row, and macro_f1 has "
                 "no score for a row",
             )
+        if self.answer_by == "label_scores" and self.task != "classification":
+            raise _wrong("answer_by", f"expected generation for task {self.task}, found label_scores")
         fewest = self.gate.fewest_rows()
         if self.max_rows and self.max_rows < fewest and self.resolved_metrics()[0] in BINARY_METRICS:
             raise _wrong(

@@ -14,7 +14,7 @@ CODE_VERSION = "1"
 
 def input_key(spec: CustomizationSpec, base_identity: str, dataset_digest: str, training_version: str) -> str:
     """64 hex: the hash of all that goes into a training. Equal keys need no second training."""
-    parts = {
+    parts: dict[str, Any] = {
         "customization": spec.name,
         "base_identity": base_identity,
         "dataset": dataset_digest,
@@ -22,6 +22,8 @@ def input_key(spec: CustomizationSpec, base_identity: str, dataset_digest: str, 
         "recipe": spec.adapter.model_dump(),
         "code": [CODE_VERSION, training_version],
     }
+    if spec.evaluation.answer_by != "generation":  # how an adapter answers is part of it
+        parts["answer_by"] = spec.evaluation.answer_by
     return sha256_bytes(canonical_json(parts))
 
 
@@ -37,6 +39,7 @@ def build_manifest(
     steps: int,
     trained_tokens: int,
     fingerprint: Mapping[str, Any],
+    labels: list[str],
 ) -> dict[str, Any]:
     """The adapter's manifest.json. It holds nothing that differs between two trainings of the same inputs on
     the same hardware class: times and costs are in the artifact store's index record."""
@@ -51,6 +54,8 @@ def build_manifest(
         "chat_template": base_manifest["chat_template"],
         "dataset": dataset_digest,
         "prompt": spec.prompt.model_dump(),
+        "answer_by": spec.evaluation.answer_by,
+        "labels": labels,
         "recipe": spec.adapter.model_dump(),
         "seed": spec.adapter.seed,
         "targets": targets,

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ml_assets.spec import AdapterRecipe, PromptSpec
+from ml_assets.spec import AdapterRecipe, CustomizationSpec, PromptSpec
 
 
 def resolve_targets(recipe: AdapterRecipe, base_manifest: Mapping[str, Any]) -> list[str]:
@@ -43,3 +43,22 @@ def training_examples(base: Any, prompt: PromptSpec, rows: Sequence[Mapping[str,
 def checkpoint_folder(home: Path, key: str) -> Path:
     """Where an unfinished training of this input key keeps its state."""
     return home / "checkpoints" / key
+
+
+MAX_LABELS = 256
+
+
+def answer_labels(spec: CustomizationSpec, rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The answers to choose from when they are found by label scores: those of the training rows, sorted;
+    empty where answers are generated. Raises ValueError when there are more than MAX_LABELS."""
+    from ml_assets.engine.prompting import render_target
+
+    if spec.evaluation.answer_by != "label_scores":
+        return []
+    labels = sorted({render_target(spec.prompt, row) for row in rows})
+    if len(labels) > MAX_LABELS:
+        raise ValueError(
+            f"evaluation.answer_by: label_scores expects at most {MAX_LABELS} different answers in the "
+            f"training rows, found {len(labels)}"
+        )
+    return labels

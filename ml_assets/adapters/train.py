@@ -10,7 +10,12 @@ from typing import Any
 
 from ml_assets.adapters.fingerprint import choose_probes, make_fingerprint, measure
 from ml_assets.adapters.manifest import build_manifest, input_key
-from ml_assets.adapters.recipe import checkpoint_folder, resolve_targets, training_examples
+from ml_assets.adapters.recipe import (
+    answer_labels,
+    checkpoint_folder,
+    resolve_targets,
+    training_examples,
+)
 from ml_assets.artifacts import ArtifactError, ArtifactRef, ArtifactStore, canonical_json, read_json
 from ml_assets.datasets.snapshot import load_rows
 from ml_assets.spec import CustomizationSpec
@@ -97,7 +102,9 @@ def train_adapter(
     spec = inputs.spec
     targets = resolve_targets(spec.adapter, inputs.base_manifest)
     base = load_base(inputs.base_directory, hardware.compute_dtype(home))
-    examples = training_examples(base, spec.prompt, load_rows(inputs.dataset_directory, "train"))
+    rows = load_rows(inputs.dataset_directory, "train")
+    labels = answer_labels(spec, rows)
+    examples = training_examples(base, spec.prompt, rows)
     checkpoints = checkpoint_folder(home, key)
     with (
         hardware.computing(home),
@@ -126,6 +133,7 @@ def train_adapter(
             steps=result.steps,
             trained_tokens=result.tokens,
             fingerprint=_fingerprint(base, spec, inputs.dataset_directory, staging),
+            labels=labels,
         )
         (staging / "manifest.json").write_bytes(canonical_json(manifest) + b"\n")
         ref = store.publish_directory(KIND, staging)

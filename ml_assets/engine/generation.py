@@ -179,6 +179,11 @@ class Decoder:
                 route = Route((prefix_adapter,)) if prefix_adapter else Route()
                 self._prefix = self._extended(None, prefix, route)
 
+    def forget(self, adapter: str) -> None:
+        """Drop what is kept of an adapter that goes away."""
+        if self._cache is not None:
+            self._cache.forget(adapter)
+
     @property
     def rows(self) -> int:
         """Rows that answer or wait to be computed."""
@@ -353,7 +358,8 @@ class Decoder:
 
     def _decode_route(self, rows: Sequence[Row]) -> Route:
         key = [row.adapter if row.active_from < len(row.prompt) else None for row in rows]
-        if key != self._routed[0]:
+        known, route = self._routed
+        if key != known or not self._base.lora.adapters.keys() >= set(route.names):
             self._routed = key, self._base.lora.for_rows(key, [1] * len(key))
         return self._routed[1]
 
@@ -402,6 +408,19 @@ def _first(values: KeyValues, tokens: int) -> KeyValues:
 
 def _joined(a: KeyValues, b: KeyValues) -> KeyValues:
     return {m: (torch.cat([a[m][0], b[m][0]], 2), torch.cat([a[m][1], b[m][1]], 2)) for m in a}
+
+
+@torch.inference_mode()
+def token_bytes(base: Base) -> int:
+    """Memory that the keys and values of one token take."""
+    if not base.packs:  # at most, as far as the configuration tells
+        config = base.model.config.get_text_config()
+        return 2 * config.num_hidden_layers * config.hidden_size * base.model.dtype.itemsize
+    packing = Packing([[base.pad_id]], base.device, capture=True)
+    with base.active(None):
+        hidden_states(base.model, packing)
+    assert packing.captured is not None
+    return sum(x.numel() * x.element_size() for pair in packing.captured.values() for x in pair)
 
 
 # -- tokens --------------------------------------------------------------------------------------------
@@ -542,6 +561,9 @@ class FallbackDecoder:
         self._base = base
         self._waiting: list[Row] = []
         self._batches: deque[_CacheBatch] = deque()
+
+    def forget(self, adapter: str) -> None:
+        pass
 
     @property
     def rows(self) -> int:

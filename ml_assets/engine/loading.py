@@ -10,7 +10,7 @@ import torch
 
 from ml_assets.artifacts import read_json
 from ml_assets.engine import hardware, packing
-from ml_assets.engine.lora import IncompatibleAdapter, LoraLayers, Route, read_adapter
+from ml_assets.engine.lora import Adapter, IncompatibleAdapter, LoraLayers, Route, read_adapter
 from ml_assets.engine.prompting import ChatFormat
 
 ADAPTER_PINS = ("base_identity", "tokenizer_sha256", "chat_template_sha256")
@@ -65,8 +65,10 @@ class Base:
         Raises IncompatibleAdapter when its manifest pins another base, tokenizer or chat template, when a
         weight is missing, unexpected or of another shape, or is not a finite number.
         """
-        if name in self.adapters:
-            raise ValueError(f"an adapter named {name!r} is attached already")
+        self.insert(name, self.read_adapter(directory))
+
+    def read_adapter(self, directory: Path) -> tuple[Adapter, dict[str, Any]]:
+        """An adapter and its manifest, read and checked as `attach` does: what any thread may do."""
         manifest = read_json(directory / "manifest.json")
         for field in ADAPTER_PINS:
             ours = self.manifest["identity" if field == "base_identity" else field]
@@ -75,8 +77,14 @@ class Base:
                     f"{directory}: made for {field} {str(manifest.get(field))[:12]}, "
                     f"the base {self.manifest['revision']} has {str(ours)[:12]}"
                 )
-        self.lora.add(name, read_adapter(self.model, directory, self.model.dtype, self.device))
-        self.adapters[name] = manifest
+        return read_adapter(self.model, directory, self.model.dtype, self.device), manifest
+
+    def insert(self, name: str, read: tuple[Adapter, dict[str, Any]]) -> None:
+        """Put what `read_adapter` gave into the layers."""
+        if name in self.adapters:
+            raise ValueError(f"an adapter named {name!r} is attached already")
+        self.lora.add(name, read[0])
+        self.adapters[name] = read[1]
 
     def detach(self, name: str) -> None:
         """Forget an attached adapter and free its memory. The last one gone leaves the plain model."""

@@ -9,6 +9,7 @@ Packing with block-diagonal attention: Krell et al. 2021, arXiv 2107.02027. Shar
 
 import contextlib
 import inspect
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,7 +25,16 @@ GROUP_WASTE = 1.2
 KeyValues = dict[torch.nn.Module, tuple[torch.Tensor, torch.Tensor]]
 """Keys (with positions applied) and values by attention module: (rows, heads, tokens, size) each."""
 
-_current: "_Pass | None" = None
+_passes: "dict[int, _Pass]" = {}
+"""The pass of each thread."""
+
+
+def _current() -> "_Pass | None":
+    """The pass that this thread computes; in autograd's own threads, the one whose gradient they compute."""
+    found = _passes.get(threading.get_ident())
+    if found is None and _passes and torch._C._current_graph_task_id() != -1:
+        found = next(iter(_passes.values()))
+    return found
 
 
 @dataclass
@@ -66,12 +76,16 @@ class _Pass:
     def applied(self) -> Iterator[None]:
         """Inside, models whose attention is `attend` compute this. Keep it open for the backward
         pass of a checkpointed forward."""
-        global _current
-        before, _current = _current, self
+        thread = threading.get_ident()
+        before = _passes.get(thread)
+        _passes[thread] = self
         try:
             yield
         finally:
-            _current = before
+            if before is None:
+                del _passes[thread]
+            else:
+                _passes[thread] = before
 
     def attend(
         self,
@@ -434,7 +448,7 @@ def register() -> None:
     from transformers.masking_utils import sdpa_mask
 
     def no_mask_when_packed(*args: Any, **kwargs: Any) -> Any:
-        return None if _current is not None else sdpa_mask(*args, **kwargs)
+        return None if _current() is not None else sdpa_mask(*args, **kwargs)
 
     AttentionInterface.register(INTERFACE, attend)
     AttentionMaskInterface.register(INTERFACE, no_mask_when_packed)
@@ -455,7 +469,8 @@ def attend(
 ) -> tuple[torch.Tensor, None]:
     """Attention of the packing in use: query (1, heads, tokens, size), key and value with heads or a divisor
     of them; returns (1, tokens, heads, size). Without a packing, what transformers' own functions compute."""
-    if _current is None:
+    current = _current()
+    if current is None:
         return _usual(
             module,
             query,
@@ -473,7 +488,7 @@ def attend(
         raise NotImplementedError("position bias in packed attention")
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     options = _Options(scale, dropout if module.training else 0.0, softcap, s_aux)
-    out = _current.attend(module, query[0], key[0], value[0], sliding_window, options)
+    out = current.attend(module, query[0], key[0], value[0], sliding_window, options)
     return out.transpose(0, 1)[None].contiguous(), None
 
 

@@ -217,7 +217,10 @@ def _evaluate(
         asked = served.get("prompt") or None  # what it was trained on, if today's rows still have it
         if asked and not all(c in columns for c in _columns(asked)):
             asked = None
-        more, more_seconds = run(base, [Arm("champion", "champion", champion.adapter.digest)], asked)
+        # the champion answers as it does at the endpoint, whatever the YAML says now
+        labels = served.get("labels") or [] if served.get("answer_by") == "label_scores" else []
+        arm = Arm("champion", "champion", champion.adapter.digest, labels=labels)
+        more, more_seconds = run(base, [arm], asked)
         lines, seconds = lines + more, seconds | more_seconds
 
     by_arm = {name: [line for line in lines if line["arm"] == name] for name in seconds}

@@ -8,8 +8,9 @@ on, so that a retrain does not repeat the base arms, and a candidate that became
 import json
 import math
 import random
+import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 ArmName = Literal["zero_shot", "few_shot", "adapter", "champion"]
 ANSWERS = "answers"
-RUNNER_VERSION = "1"
+RUNNER_VERSION = "2"
 """Raise when the same inputs would give other answers or other lines."""
 
 Message = dict[str, str]
@@ -48,12 +49,14 @@ class Answer:
 @dataclass(frozen=True)
 class Arm:
     """One way to get answers: `adapter` is a name attached to the base, `identity` the digest of its artifact
-    (both None for the bare base), `examples` are training rows shown in the prompt."""
+    (both None for the bare base), `examples` are training rows shown in the prompt, `labels` what it chooses
+    its answers from (None: as the evaluation says; none: it generates them)."""
 
     name: ArmName
     adapter: str | None = None
     identity: str | None = None
     examples: Sequence[Mapping[str, Any]] = ()
+    labels: Sequence[str] | None = None
 
 
 # -- rows ----------------------------------------------------------------------------------------------
@@ -166,13 +169,13 @@ def answer(
     compute: str = "",
     on_progress: Callable[[int, int], None] | None = None,
 ) -> tuple[list[Answer], list[float] | None]:
-    """Greedy answers of one arm, and seconds per answer (None when they come from the memo).
+    """Answers of one arm, greedy or the most probable of its labels, and seconds per answer (None when they
+    come from the memo).
 
     `names` are row hashes for messages, `compute` the hardware class, on which rounding depends.
     Raises EvaluationError that names the row whose prompt leaves no room for an answer.
     """
-    from ml_assets.engine.generation import generate
-
+    labels = list(arm.labels or ())
     key = sha256_bytes(
         canonical_json(
             {
@@ -183,6 +186,7 @@ def answer(
                 "max_new_tokens": max_new_tokens,
                 "compute": compute,
             }
+            | ({"labels": labels} if labels else {})
         )
     )
     known = store.recall(ANSWERS, key) if store else None
@@ -190,6 +194,8 @@ def answer(
         lines = (store.open(known[0]) / "answers.jsonl").read_text(encoding="utf-8").split("\n")
         return [Answer(**json.loads(line)) for line in lines if line], None
     prompts = [base.chat.prompt_ids(messages) for messages in conversations]
+    choices = [base.chat.target_ids(label) for label in labels]
+    max_new_tokens = max(map(len, choices), default=max_new_tokens)
     for name, ids in zip(names, prompts, strict=True):
         if len(ids) + max_new_tokens > base.context_length:
             raise EvaluationError(
@@ -197,14 +203,44 @@ def answer(
                 f"of answer it exceeds the {base.context_length} of {base.manifest['revision']}'s context"
             )
     with base.active(arm.adapter):
-        completions = generate(base, prompts, max_new_tokens, on_progress=on_progress)
-    answers = [
-        Answer(c.text, c.prompt_tokens, len(c.token_ids), c.finish_reason == "stop") for c in completions
-    ]
+        if labels:
+            answers, seconds = _choose(base, prompts, labels, choices)
+        else:
+            answers, seconds = _generate(base, prompts, max_new_tokens, on_progress)
     if store:
         text = "\n".join(json.dumps(vars(a), sort_keys=True, ensure_ascii=False) for a in answers)
         store.remember(ANSWERS, key, store.publish(ANSWERS, {"answers.jsonl": text.encode()}), {})
+    return answers, seconds
+
+
+def _generate(
+    base: "Base",
+    prompts: list[list[int]],
+    max_new_tokens: int,
+    on_progress: Callable[[int, int], None] | None,
+) -> tuple[list[Answer], list[float]]:
+    from ml_assets.engine.generation import generate
+
+    completions = generate(base, prompts, max_new_tokens, on_progress=on_progress)
+    answers = [
+        Answer(c.text, c.prompt_tokens, len(c.token_ids), c.finish_reason == "stop") for c in completions
+    ]
     return answers, [completion.seconds for completion in completions]
+
+
+def _choose(
+    base: "Base", prompts: list[list[int]], labels: list[str], choices: list[list[int]]
+) -> tuple[list[Answer], list[float]]:
+    from ml_assets.engine.scoring import choose_labels
+
+    start = time.perf_counter()
+    chosen = choose_labels(base, prompts, choices)
+    each = (time.perf_counter() - start) / max(1, len(prompts))
+    answers = [
+        Answer(labels[i].strip(), len(prompt), len(choices[i]) - 1, True)
+        for prompt, i in zip(prompts, chosen, strict=True)
+    ]
+    return answers, [each] * len(answers)
 
 
 # -- lines ---------------------------------------------------------------------------------------------
@@ -291,6 +327,9 @@ def evaluate(
     asked = asked_with or prompt
     max_new_tokens = evaluation.max_new_tokens or default_new_tokens(base, prompt, train_rows)
     expected = [render_target(prompt, row) for row in ordered]
+    labels = sorted({render_target(prompt, row) for row in train_rows})
+    if evaluation.answer_by == "generation":
+        labels = []
     lines: list[Row] = []
     seconds: dict[str, list[float] | None] = {}
     for arm in arms:
@@ -300,7 +339,7 @@ def evaluate(
             conversations,
             [row["_row"] for row in ordered],
             max_new_tokens,
-            arm,
+            arm if arm.labels is not None else replace(arm, labels=labels),
             store=store,
             compute=compute,
             on_progress=(lambda done, total, name=arm.name: on_progress(name, done, total))

@@ -86,7 +86,9 @@ class World:
         if (architecture, seed) not in self._bases:
             with self.store.staging("base_model") as directory:
                 base = _base(architecture, directory, seed, self.heads)
-                self._bases[architecture, seed] = base, self.store.publish_directory("base_model", directory)
+                ref = self.store.publish_directory("base_model", directory)
+            base.model.name_or_path = str(self.store.open(ref))
+            self._bases[architecture, seed] = base, ref
         return self._bases[architecture, seed]
 
     def adapter(

@@ -23,8 +23,10 @@ from gateway_world import CONTEXT, QUESTION, Made, World, gateway_in_thread
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from ml_assets.artifacts import ArtifactRef
 from ml_assets.endpoints.gateway import keys
 from ml_assets.endpoints.gateway.app import ACCESS
+from ml_assets.endpoints.gateway.live import SHARE
 from ml_assets.endpoints.ledger import api_keys
 
 MAX_NEW = 12
@@ -388,6 +390,7 @@ def test_a_client_that_leaves_is_not_worked_for(served: Served) -> None:
             connection.sendall(head.encode() + body)
             _wait(lambda: engine._live, "the request to start")
         _wait(lambda: not engine._live, "the request to end")
+        assert all(live.decoder.tokens_with([]) == 0 for live in engine._idle.values()), "its slot is free"
         _wait(lambda: engine.served["long"].leases == 0, "the version to be free")
     text = httpx.get(f"{served.url}/metrics").text
     assert 'evergreen_requests_total{customization="long",status="499"} 2.0' in text
@@ -419,6 +422,135 @@ def test_a_busy_customization_does_not_starve_another(served: Served) -> None:
         for future in long:
             future.result()
     assert finished[0] == "news"
+
+
+def _long(served: Served, name: str, seed: int) -> Made:
+    """A customization that answers until its context is full."""
+    made = served.world.adapter(name, seed)
+    assert served.stage(made, max_new_tokens=CONTEXT).status_code == 200
+    served.world.record(made)
+    served.activate(made)
+    return made
+
+
+def test_a_flood_leaves_room_for_others(served: Served) -> None:
+    _long(served, "flood", 22)
+    engine = served.app.state.engine
+    finished: list[str] = []
+    together: set[frozenset[str]] = set()
+
+    def ask(model: str) -> None:
+        response = served.chat(model=model, stop="\u2063")
+        assert response.status_code in (200, 429), response.text
+        finished.append(model)
+
+    with ThreadPoolExecutor(40) as pool:
+        flood = [pool.submit(ask, "flood") for _ in range(36)]
+        _wait(lambda: any(len(live.requests) >= SHARE for live in list(engine._live.values())), "the flood")
+        other = pool.submit(ask, "news")
+        while not other.done():
+            for live in list(engine._live.values()):
+                together.add(frozenset(r.version.customization for r in list(live.requests.values())))
+        other.result()
+        assert finished.count("flood") < 36 - 12, "it did not wait for the flood to end"
+        for future in flood:
+            future.result()
+    assert frozenset({"flood", "news"}) in together, "different adapters in one batch"
+
+
+def test_answers_of_a_mixed_batch_are_those_alone(served: Served) -> None:
+    names = [("home", "news")[i % 2] for i in range(8)]
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(lambda name: served.chat(model=name), names))
+    for name, answer in zip(names, answers, strict=True):
+        if answer.status_code == 200:
+            assert answer.headers["x-evergreen-adapter"] == served.adapters[name].digest
+            if name == "home":  # news has a system prompt that its reference answers lack
+                assert _content(answer) in served.adapters[name].answers
+    assert len({_content(a) for a in answers if a.status_code == 200}) >= 2
+
+
+def test_a_request_ends_at_its_deadline(served: Served) -> None:
+    _long(served, "slow", 23)
+    engine = served.app.state.engine
+    late = served.chat(model="slow", stop="\u2063", timeout=0.02)
+    assert late.status_code == 504, late.text
+    assert late.json()["error"]["code"] == "deadline_exceeded"
+    stream = served.chat(model="slow", stop="\u2063", timeout=0.05, stream=True)
+    assert json.loads(stream.text.strip().splitlines()[-1][6:])["error"]["code"] == "deadline_exceeded"
+    _wait(lambda: not engine._live and engine.served["slow"].leases == 0, "the slot to be free")
+    before = engine.request_seconds
+    engine.request_seconds = 0.02
+    try:
+        assert served.chat(model="slow", stop="\u2063", timeout=100.0).status_code == 504, (
+            "the gateway's limit"
+        )
+    finally:
+        engine.request_seconds = before
+    assert served.chat(timeout=100.0).status_code == 200
+    assert served.chat(timeout=0).status_code == 400
+
+
+def test_a_waiting_request_ends_at_its_deadline(tmp_path: Path) -> None:
+    world = World(tmp_path)
+    made = world.adapter("only", 1)
+    world.record(made, max_new_tokens=CONTEXT)
+    with gateway_in_thread(world, kv_bytes=1) as (url, app):
+        client = httpx.Client(base_url=url, headers=bearer(world.key), timeout=60)
+        body = {"model": "only", "messages": QUESTION, "stop": "\u2063"}
+        with ThreadPoolExecutor(2) as pool:
+            first = pool.submit(lambda: client.post("/v1/chat/completions", json=body))
+            _wait(lambda: app.state.engine._live, "the first request to start")
+            second = client.post("/v1/chat/completions", json=body | {"timeout": 0.05})
+            assert second.status_code == 504, "one at a time: there is room for no more"
+            assert not first.done()
+            assert first.result().status_code == 200
+        # without deadlines, all are answered one after the other
+        with ThreadPoolExecutor(3) as pool:
+            asked = [pool.submit(client.post, "/v1/chat/completions", json=body) for _ in range(3)]
+            assert [future.result().status_code for future in asked] == [200] * 3
+
+
+def test_an_adapter_loads_while_a_stream_goes_on(served: Served) -> None:
+    _long(served, "stream", 24)
+    body = {"model": "stream", "messages": QUESTION, "stop": "\u2063", "stream": True}
+    alone = _streamed_text(served.http.post("/v1/chat/completions", json=body).text)
+    new = served.world.adapter("home", 25)
+    lines: list[str] = []
+    with served.http.stream("POST", "/v1/chat/completions", json=body) as response:
+        events = response.iter_lines()
+        while len(lines) < 20:
+            lines.append(next(events))
+        served.serve(new)
+        at = len(lines)
+        lines += list(events)
+    assert len(lines) > at and "data: [DONE]" in lines
+    assert _streamed_text("\n".join(lines)) == alone
+    assert served.chat().json()["system_fingerprint"] == new.digest
+    served.serve(served.adapters["home"])
+
+
+def test_labels_are_chosen_as_they_were_evaluated(served: Served) -> None:
+    from ml_assets.engine.scoring import choose_labels
+
+    labels = ["kitchen", "living room", "kitchen light", "off"]
+    made = served.world.adapter("topics", 26, manifest={"answer_by": "label_scores", "labels": labels})
+    served.serve(made)
+    base = served.world.base()[0]
+    base.attach("topics", served.world.store.open(ArtifactRef("adapter", made.digest)))
+    texts = ["turn on the light", "a", "what?", "close the window", "business"]
+    prompts = [base.chat.prompt_ids([{"role": "user", "content": text}]) for text in texts]
+    with base.active("topics"):
+        chosen = choose_labels(base, prompts, [base.chat.target_ids(label) for label in labels])
+    base.detach("topics")
+    asked = [{"model": "topics", "messages": [{"role": "user", "content": text}]} for text in texts]
+    with ThreadPoolExecutor(5) as pool:
+        answers = list(pool.map(lambda body: served.chat(**body), asked))
+    assert [_content(answer) for answer in answers] == [labels[i] for i in chosen]
+    assert answers[0].json()["choices"][0]["finish_reason"] == "stop"
+    assert answers[0].json()["usage"]["completion_tokens"] >= 1
+    streamed = served.chat(**asked[0], stream=True)
+    assert _streamed_text(streamed.text) == labels[chosen[0]]
 
 
 # -- health and metrics --------------------------------------------------------------------------------
@@ -483,7 +615,8 @@ def test_swaps_under_load_lose_and_mix_up_nothing(served: Served, swaps: int) ->
     engine = served.app.state.engine
     _wait(lambda: len(engine._alive) == len(engine.served), "old versions to be detached")
     [base] = {version.loaded.base for version in engine.served.values()}
-    assert set(base.adapters) == {version.adapter_digest for version in engine.served.values()}
+    left = {version.adapter_digest for version in engine.served.values()}
+    _wait(lambda: set(base.adapters) == left, "their adapters to be gone")
 
 
 def _content(response: httpx.Response) -> str:

@@ -72,14 +72,16 @@ def create_app(
     max_body_bytes: int = MAX_BODY_BYTES,
     engine_name: EngineName = "in_process",
     vllm: VllmEngine | None = None,
+    **limits: Any,
 ) -> FastAPI:
     """The gateway as an ASGI application. It begins to serve what the ledger says when it starts.
 
     `max_queue` is the number of requests of one customization that may wait, `engine_name` what answers for
-    endpoints that name no engine, `vllm` the servers behind the engine of that name; `app.state.engine` and
-    `app.state.metrics` are for tests.
+    endpoints that name no engine, `vllm` the servers behind the engine of that name, `limits` are the
+    engine's other ones; `app.state.engine` and `app.state.metrics` are for tests.
     """
-    engine, metrics = Engine(store, max_queue=max_queue, vllm=vllm, default=engine_name), Metrics()
+    engine = Engine(store, max_queue=max_queue, vllm=vllm, default=engine_name, **limits)
+    metrics = Metrics()
     restored = asyncio.Event()
 
     @contextlib.asynccontextmanager
@@ -343,6 +345,7 @@ class _Call:
             top_p=1.0 if asked.top_p is None else asked.top_p,
             seed=asked.seed,
             stops=asked.stops(),
+            seconds=asked.timeout,
         )
         self._prompt_tokens = len(prompt)
         return generation

@@ -1,14 +1,15 @@
 """The in-process engine: base models in memory, all adapters on them, one thread that computes.
 
-Requests of one adapter version that wait at the same time are decoded as one batch. Every version with work
-gets one step in turn, so that a busy customization cannot starve another. A request ends on the version it
-began with; a replaced version is detached when its last request is done.
+Requests to all versions on one base are one batch, which each joins and leaves at any step. The customization
+with the fewest requests under way is next to join, so that a busy one cannot starve another. A request ends
+on the version it began with; a replaced version is detached when its last request is done.
 """
 
 import asyncio
 import contextlib
 import copy
 import logging
+import math
 import secrets
 import threading
 import time
@@ -21,22 +22,20 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from ml_assets.artifacts import ArtifactError, ArtifactRef, ArtifactStore
 from ml_assets.endpoints.gateway.errors import ApiError
+from ml_assets.endpoints.gateway.live import KV_BYTES, PREFIX_BYTES, SHARE, Live
 from ml_assets.endpoints.gateway.text import Detokenizer, StopStrings
 from ml_assets.settings import EngineName
 from ml_assets.spec import template_columns
 
 if TYPE_CHECKING:
     from ml_assets.endpoints.gateway.vllm import VllmEngine
-    from ml_assets.engine.generation import DecodeBatch
     from ml_assets.engine.loading import Base
     from ml_assets.engine.prompting import ChatFormat
 
-ROWS = 8
-"""Requests decoded as one batch."""
-BATCH_TOKENS = 16384
-"""Bound of rows x (prompt + new tokens) of one batch, which bounds the memory of its cache."""
-BATCHES = 2
-"""Batches of one version at the same time: what arrives during a long answer does not wait for its end."""
+REQUEST_SECONDS = 300.0
+"""Time that a request may take, waiting included."""
+LABEL_ROWS = 32
+"""Requests whose labels are scored in one pass."""
 ARTIFACT_SUFFIXES = {".json", ".safetensors", ".jinja", ".txt", ".model"}
 """What may be loaded: formats that hold data, not code."""
 
@@ -81,6 +80,8 @@ class Version:
     engine: EngineName | None = None
     loaded: BaseText | None = None
     system: str | None = None
+    labels: dict[str, list[int]] = field(default_factory=dict)
+    """Where it answers by scoring labels: those, with their tokens."""
     fingerprint: dict[str, Any] = field(default_factory=dict)
     measured: dict[str, list[float]] = field(default_factory=dict)
     leases: int = 0
@@ -148,8 +149,10 @@ class Generation:
         top_p: float,
         seed: int | None,
         stops: Sequence[str],
+        deadline: float = math.inf,
     ):
         self.version = version
+        self.deadline = deadline
         self.prompt = list(prompt)
         self.max_new_tokens = max_new_tokens
         self.temperature = temperature
@@ -194,6 +197,16 @@ class Generation:
         if text or self.finished:
             self._post(Piece(text, self._tokens, finish_reason))
 
+    def choose(self, label: str, tokens: int) -> None:
+        """Take a whole answer."""
+        self._tokens, self.finished = tokens, True
+        self._post(Piece(self._stops.push(label) + self._stops.finish(), tokens, "stop"))
+
+    def too_late(self) -> ApiError:
+        return ApiError(
+            504, "deadline_exceeded", "the answer was not complete within the time of the request"
+        )
+
     def fail(self, error: BaseException) -> None:
         self.finished = True
         self._post(error)
@@ -201,12 +214,6 @@ class Generation:
     def _post(self, item: Piece | BaseException) -> None:
         with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
             self._loop.call_soon_threadsafe(self._queue.put_nowait, item)
-
-
-@dataclass(eq=False)
-class _Batch:
-    decode: "DecodeBatch"
-    rows: list[Generation]
 
 
 class Engine:
@@ -225,11 +232,16 @@ class Engine:
         max_queue: int = 64,
         vllm: "VllmEngine | None" = None,
         default: EngineName = "in_process",
+        request_seconds: float = REQUEST_SECONDS,
+        kv_bytes: int = KV_BYTES,
+        prefix_bytes: int = PREFIX_BYTES,
     ):
         self.store = store
         self.max_queue = max_queue
         self.vllm = vllm
         self.default: EngineName = default
+        self.request_seconds = request_seconds
+        self.kv_bytes, self.prefix_bytes = kv_bytes, prefix_bytes
         self.served: dict[str, Version] = {}
         self.staged: dict[str, Version] = {}
         self.unserved: dict[str, str] = {}
@@ -238,8 +250,9 @@ class Engine:
         self._changed = threading.Condition()
         self._jobs: deque[Callable[[], None]] = deque()
         self._waiting: dict[Version, deque[Generation]] = {}
-        self._live: dict[Version, deque[_Batch]] = {}
-        self._seconds = 1.0
+        self._live: dict[str, Live] = {}  # by base, those with requests under way
+        self._idle: dict[str, Live] = {}
+        self._pace = _Pace()
         self._closed = False
         self._loader = ThreadPoolExecutor(1, thread_name_prefix="load")
         self._vllm_loader = ThreadPoolExecutor(1, thread_name_prefix="load-vllm")
@@ -342,23 +355,27 @@ class Engine:
         top_p: float = 1.0,
         seed: int | None = None,
         stops: Sequence[str] = (),
+        seconds: float | None = None,
     ) -> Generation:
-        """Queue a request on a leased version. `prompt` and new tokens must fit the base's context.
+        """Queue a request on a leased version. `prompt` and new tokens must fit the base's context. After
+        `seconds`, or the engine's own limit if that is less, it fails with ApiError 504.
 
         Raises ApiError 429 when too many requests of this version wait already, 503 when no vLLM server
         has it.
         """
-        request = Generation(self, version, prompt, max_new_tokens, temperature, top_p, seed, stops)
+        limit = self.request_seconds if seconds is None else min(seconds, self.request_seconds)
+        deadline = time.monotonic() + limit
+        request = Generation(self, version, prompt, max_new_tokens, temperature, top_p, seed, stops, deadline)
         if version.engine == "vllm":
             self._remote().submit(request, self.max_queue)
             return request
         with self._changed:
             waiting = self._waiting.setdefault(version, deque())
             if len(waiting) >= self.max_queue:
-                seconds = max(1, round(self._seconds * len(waiting) / (ROWS * BATCHES)))
+                after = self._pace.seconds(sum(map(len, self._waiting.values())))
                 message = f"{len(waiting)} requests for {version.customization!r} are waiting already; "
-                message += f"try again in {seconds} s"
-                raise ApiError(429, "queue_full", message, headers={"Retry-After": str(seconds)})
+                message += f"try again in {after} s"
+                raise ApiError(429, "queue_full", message, headers={"Retry-After": str(after)})
             waiting.append(request)
             self._changed.notify_all()
         return request
@@ -448,10 +465,18 @@ class Engine:
         system = (manifest.get("prompt") or {}).get("system")
         version.system = system if system and not template_columns(system) else None
         if version.engine == "vllm":
+            if manifest.get("answer_by") == "label_scores":
+                message = (
+                    f"adapter {version.adapter_digest[:12]} answers by label scores, which vllm does not; "
+                )
+                raise ApiError(409, "incompatible_adapter", f"{message}use endpoint.engine in_process")
             self._remote().load(version, adapter, base)
             return
-        version.loaded = self._loaded_base(version.base_digest, base)
-        self._compute(lambda: self._attach(version, adapter))
+        version.loaded = loaded = self._loaded_base(version.base_digest, base)
+        if manifest.get("answer_by") == "label_scores":
+            version.labels = {label: loaded.chat.target_ids(label) for label in manifest["labels"]}
+        read = loaded.base.read_adapter(adapter)
+        self._compute(lambda: self._attach(version, read))
 
     def _open(self, kind: str, digest: str) -> Path:
         directory = self.store.open(ArtifactRef(kind, digest))
@@ -537,7 +562,7 @@ class Engine:
                     self._changed.wait()
                 jobs, self._jobs = self._jobs, deque()
                 closed = self._closed
-            self._drop_cancelled()
+            self._expire()
             for job in jobs:
                 job()
             if closed:
@@ -545,11 +570,12 @@ class Engine:
                 return
             self._admit()
             self._step()
+            self._choose_labels()
 
-    def _attach(self, version: Version, directory: Path) -> None:
+    def _attach(self, version: Version, read: Any) -> None:
         base = version.ready.base
         if version.adapter_digest not in base.adapters:
-            base.attach(version.adapter_digest, directory)
+            base.insert(version.adapter_digest, read)
 
     def _detach(self, version: Version) -> None:
         if version.engine == "vllm":
@@ -566,98 +592,154 @@ class Engine:
             same_base = [other for other in self._alive if other.base_digest == loaded.digest]
             if not same_base:
                 self._bases.pop(loaded.digest, None)
+        live = self._live.get(loaded.digest) or self._idle.get(loaded.digest)
         used = any(other.adapter_digest == version.adapter_digest for other in same_base)
         if not used and version.adapter_digest in loaded.base.adapters:
             loaded.base.detach(version.adapter_digest)
+            if live is not None:
+                live.decoder.forget(version.adapter_digest)
+        if not same_base:
+            self._live.pop(loaded.digest, None)
+            self._idle.pop(loaded.digest, None)
 
-    def _drop_cancelled(self) -> None:
-        for version, batches in list(self._live.items()):
-            for batch in list(batches):
-                for row, request in enumerate(batch.rows):
-                    if request.cancelled and not request.finished:
-                        request.finished = True
-                        batch.decode.cancel(row)
-                self._forget_if_done(version, batch)
+    def _expire(self) -> None:
+        """Give up requests whose client is gone or whose time is over, waiting ones as well."""
+        now = time.monotonic()
+        with self._changed:
+            late = [r for waiting in self._waiting.values() for r in waiting if r.deadline <= now]
+            for request in late:
+                self._waiting[request.version].remove(request)
+        for request in late:
+            request.fail(request.too_late())
+        for digest, live in list(self._live.items()):
+            live.stop_where(now)
+            self._rest_if_done(digest)
 
     def _admit(self) -> None:
-        with self._changed:
-            chosen = []
-            for version, waiting in self._waiting.items():
-                if waiting and len(self._live.get(version, ())) < BATCHES:
-                    chosen.append((version, _take(waiting)))
-        for version, requests in chosen:
-            from ml_assets.engine.generation import DecodeBatch
+        """Let waiting requests join: each time the first of the customization with the fewest under way.
 
-            base = version.ready.base
+        One for which there is no room now holds up the others on its base, or it might wait for ever.
+        """
+        full: set[str] = set()
+        while True:
+            with self._changed:
+                names: dict[str, set[str]] = {}
+                for version in self._alive:
+                    names.setdefault(version.base_digest, set()).add(version.customization)
+                heads = [
+                    waiting[0]
+                    for version, waiting in self._waiting.items()
+                    if waiting and not version.labels and version.base_digest not in full
+                ]
+            under_way = {
+                request: self._live_on(request.version).of_customization(request.version.customization)
+                for request in heads
+            }
+            able = [r for r in heads if under_way[r] < SHARE or len(names[r.version.base_digest]) == 1]
+            if not able:
+                return
+            chosen = min(able, key=lambda request: under_way[request])
+            digest = chosen.version.base_digest
             try:
-                with base.active(version.adapter_digest):
-                    decode = DecodeBatch(
-                        base,
-                        [request.prompt for request in requests],
-                        [request.max_new_tokens for request in requests],
-                        [request.temperature for request in requests],
-                        [request.top_p for request in requests],
-                        [request.seed for request in requests],
-                    )
+                joined = self._live_on(chosen.version).join(chosen)
             except Exception as error:
-                self._fail(version, requests, error)
-            else:
-                self._live.setdefault(version, deque()).append(_Batch(decode, requests))
+                self._fail(chosen.version, [chosen], error)
+                joined = True
+            if not joined:
+                full.add(digest)
+                continue
+            with self._changed, contextlib.suppress(KeyError, ValueError):  # it was cancelled meanwhile
+                self._waiting[chosen.version].remove(chosen)
+            if digest in self._idle and self._idle[digest].requests:
+                self._live[digest] = self._idle.pop(digest)
+
+    def _live_on(self, version: Version) -> Live:
+        digest = version.base_digest
+        if digest not in self._live and digest not in self._idle:
+            self._idle[digest] = Live(version.ready.base, self.kv_bytes, self.prefix_bytes)
+        return self._live.get(digest) or self._idle[digest]
+
+    def _rest_if_done(self, digest: str) -> None:
+        if digest in self._live and not self._live[digest].requests:
+            self._idle[digest] = self._live.pop(digest)
+            self._idle[digest].decoder.step()  # gives the memory of what was cancelled back
 
     def _step(self) -> None:
-        """One step for one batch of every version that has work."""
-        for version, batches in list(self._live.items()):
-            batch = batches[0]
-            batches.rotate(-1)
-            base = version.ready.base
+        """One step on every base that has work."""
+        for digest, live in list(self._live.items()):
             start = time.monotonic()
+            before = len(live.requests)
             try:
-                with base.active(version.adapter_digest):
-                    events = batch.decode.step()
-                for row, token, reason in events:
-                    request = batch.rows[row]
-                    request.feed(token, reason)
-                    if request.finished:
-                        batch.decode.cancel(row)
+                tokens = live.step()
             except Exception as error:
-                self._fail(version, batch.rows, error)
-                for row in range(len(batch.rows)):
-                    batch.decode.cancel(row)
-            tokens = max(request.max_new_tokens for request in batch.rows)
-            self._seconds = 0.9 * self._seconds + 0.1 * tokens * (time.monotonic() - start)
-            self._forget_if_done(version, batch)
+                log.error("base %s: a step failed", digest[:12], exc_info=error)
+                live.fail(_engine_error())
+                del self._live[digest]
+                continue
+            self._pace.add(tokens, before - len(live.requests), time.monotonic() - start)
+            self._rest_if_done(digest)
 
-    def _forget_if_done(self, version: Version, batch: _Batch) -> None:
-        if batch.decode.done:
-            self._live[version].remove(batch)
-            if not self._live[version]:
-                del self._live[version]
+    def _choose_labels(self) -> None:
+        """Answer waiting requests of one version that scores labels; versions take turns."""
+        with self._changed:
+            turns = [v for v, waiting in self._waiting.items() if waiting and v.labels]
+            if not turns:
+                return
+            version = turns[0]
+            waiting = self._waiting.pop(version)
+            requests = [waiting.popleft() for _ in range(min(LABEL_ROWS, len(waiting)))]
+            self._waiting[version] = waiting  # behind the others now
+        from ml_assets.engine.scoring import choose_labels
+
+        start = time.monotonic()
+        names, tokens = list(version.labels), list(version.labels.values())
+        prompts = [request.prompt for request in requests]
+        try:
+            adapters = [version.adapter_digest] * len(prompts)
+            chosen = choose_labels(version.ready.base, prompts, tokens, adapters)
+        except Exception as error:
+            self._fail(version, requests, error)
+            return
+        for request, label in zip(requests, chosen, strict=True):
+            if not request.cancelled:
+                request.choose(names[label].strip(), len(tokens[label]) - 1)
+        self._pace.add(len(requests), len(requests), time.monotonic() - start)
 
     def _fail(self, version: Version, requests: Sequence[Generation], error: Exception) -> None:
-        log.error("%s: a batch failed", version.customization, exc_info=error)
+        log.error("%s: a request failed", version.customization, exc_info=error)
         for request in requests:
             if not request.finished:
-                request.fail(ApiError(500, "engine_error", "the model failed on this request"))
+                request.fail(_engine_error())
 
     def _fail_all(self) -> None:
         with self._changed:
             requests = [request for waiting in self._waiting.values() for request in waiting]
-        requests += [r for batches in self._live.values() for batch in batches for r in batch.rows]
+        ending = ApiError(503, "shutting_down", "the gateway is shutting down")
+        for live in self._live.values():
+            live.fail(ending)
         for request in requests:
             if not request.finished:
-                request.fail(ApiError(503, "shutting_down", "the gateway is shutting down"))
+                request.fail(ending)
 
 
-def _take(waiting: deque[Generation]) -> list[Generation]:
-    """The first requests, as many as one batch may hold; at least one."""
-    taken: list[Generation] = []
-    longest = 0
-    while waiting and len(taken) < ROWS:
-        longest = max(longest, len(waiting[0].prompt) + waiting[0].max_new_tokens)
-        if taken and longest * (len(taken) + 1) > BATCH_TOKENS:
-            break
-        taken.append(waiting.popleft())
-    return taken
+class _Pace:
+    """How fast requests end, measured on the latest steps."""
+
+    def __init__(self) -> None:
+        self._tokens, self._ended, self._seconds = 0.0, 0.0, 0.0
+
+    def add(self, tokens: int, ended: int, seconds: float) -> None:
+        self._tokens = 0.999 * self._tokens + tokens
+        self._ended = 0.999 * self._ended + ended
+        self._seconds = 0.999 * self._seconds + seconds
+
+    def seconds(self, waiting: int) -> int:
+        """Until so many requests have ended, at least 1."""
+        return max(1, math.ceil(waiting * self._seconds / max(self._ended, 1.0)))
+
+
+def _engine_error() -> ApiError:
+    return ApiError(500, "engine_error", "the model failed on this request")
 
 
 def _checked_fingerprint(manifest: Mapping[str, Any], directory: Path) -> dict[str, Any]:

@@ -13,6 +13,7 @@ _TYPES = {
     500: "server_error",
     502: "server_error",
     503: "server_error",
+    504: "server_error",
 }
 
 

@@ -72,6 +72,8 @@ class ChatRequest(Body):
     top_p: float | None = Field(default=None, gt=0, le=1)
     seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
     stop: str | list[str] | None = None
+    timeout: float | None = Field(default=None, gt=0)
+    """Seconds: not OpenAI's; the gateway's own limit holds as well."""
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     # names and labels, without a meaning here
