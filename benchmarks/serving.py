@@ -30,6 +30,7 @@ from benchmarks.common import (
     cached_base,
     closing,
     cores,
+    last_line,
     megabytes,
     number,
     options,
@@ -128,11 +129,12 @@ class Run:
                 for model in target.models:
                     self._ask(target, [model], 1, 1)
             except (Unavailable, load.LoadError) as error:
-                self.missing[name] = str(error)
+                log = f" ({last_line(self.open[name].log)})" if isinstance(error, load.LoadError) else ""
+                self.missing[name] = f"{error}{log}"
                 self.targets.pop(name, None)
                 if name in self.open:
                     self.open.pop(name).close()
-                say(f"{name}: {error}")
+                say(f"{name}: {self.missing[name]}")
 
     def _adapters(self, folder: Path) -> list[Path]:
         """PEFT folders of adapters that the ledger of the home releases, each trained on rows of its own."""
@@ -222,11 +224,12 @@ class Run:
                         cells[name, adapters, clients] = functools.partial(
                             self._cell, target, adapters, clients
                         )
-        named = {str(cell): measure for cell, measure in cells.items()}
+        titles = {cell: f"{cell[0]}, adapters {cell[1]}, clients {cell[2]}" for cell in cells}
+        named = {titles[cell]: measure for cell, measure in cells.items()}
         found = alternate(named, self.options.rounds, self.options.left)
         for target in self.targets.values():
             target.memory = peak_memory(target.server.process.pid)
-        return {cell: found[str(cell)] for cell in cells}
+        return {cell: found[titles[cell]] for cell in cells}
 
     def _cell(self, target: Target, adapters: int, clients: int) -> Measurement:
         try:
@@ -276,7 +279,7 @@ class Run:
         rows += [[name, *["-"] * 7, "0", reason] for name, reason in self.missing.items()]
         header = ["server", "adapters", "clients", "requests/s", "new tokens/s", "median first ms", "p99 ms"]
         title = f"Serving: {TASK}, up to {NEW_TOKENS} new tokens, {self.dtype}"
-        print(table(title, [*header, "peak memory", "rounds", "note"], sorted(rows, key=lambda row: row[2])))
+        print(table(title, [*header, "peak memory", "rounds", "note"], rows))
 
         def median(name: str, adapters: int, clients: int, figure: str) -> float | None:
             found = results.get((name, adapters, clients))

@@ -116,7 +116,7 @@ class Run:
         judge = self.workers["judge"]
         found = judge.ask("examples", task=self.task, first=0, count=self.count)
         self.examples, self.pad_id = found["examples"], found["pad_id"]
-        held_out = 60 if self.options.quick else 200
+        held_out = 40 if self.options.quick else 100
         self.held_out = judge.ask("examples", task=self.task, first=self.count, count=held_out)["examples"]
         self.tokens = sum(len(one["prompt"]) + len(one["target"]) for one in self.examples)
         self.batches = judge.ask("plan", examples=self.examples, recipe=self.recipe | {"epochs": 1})[
