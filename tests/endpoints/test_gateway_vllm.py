@@ -398,6 +398,7 @@ def test_a_replica_that_hangs_is_left(two: Fleet, adapters: list[Made], monkeypa
     wait_for(lambda: two.ready(adapters[0]) == 2, "it to be back")
     assert len(hung.asked("load")) == 1, "it had lost nothing, but was verified again"
     assert len(hung.asked("probe")) == 2 * len(other.asked("probe"))
+    assert hung.asked("probe").count(name_of(adapters[0])) == len(other.asked("probe"))
 
 
 def test_a_gateway_that_starts_before_its_servers(

@@ -37,8 +37,8 @@ MISSES = 3
 """A replica that does not answer this many looks in a row is lost; one that refuses to connect is at once."""
 RETRY_SECONDS = 30.0
 """Before an adapter that a replica refused is tried there again."""
-PROBES_AT_ONCE = 8
-"""Requests with which one replica is probed at the same time."""
+PROBES_AT_ONCE = 2
+"""Requests with which one replica is probed at the same time: more would keep its users waiting."""
 SHORT_DIGEST = 16
 
 T = TypeVar("T")
@@ -60,7 +60,8 @@ class AdapterMissing(Refused):
 @dataclass(eq=False)
 class Replica:
     """One vLLM server, as far as is known. `bases` is {revision: context length}, `loaded` what it holds of
-    ours, `ready` what has also answered with its fingerprint there; both are empty after a loss."""
+    ours, `ready` what has also answered with its fingerprint there, `bare` what the base without an adapter
+    gave to probes; all three are empty after a loss."""
 
     url: str
     up: bool = False
@@ -69,6 +70,7 @@ class Replica:
     bases: dict[str, int] = field(default_factory=dict)
     loaded: set[str] = field(default_factory=set)
     ready: set[str] = field(default_factory=set)
+    bare: dict[tuple[str, tuple[int, ...]], float] = field(default_factory=dict)
     garbage: set[str] = field(default_factory=set)
     retry_at: dict[str, float] = field(default_factory=dict)
     life: int = 0
@@ -338,8 +340,8 @@ class VllmEngine:
             if not replica.up or replica.bases != bases:
                 log.info("vLLM at %s serves %s", replica.url, ", ".join(sorted(bases)))
             if replica.bases != bases:
-                replica.loaded.clear()
-                replica.ready.clear()
+                for names in (replica.loaded, replica.ready, replica.bare):
+                    names.clear()
             replica.up, replica.problem, replica.misses, replica.bases = True, "", 0, bases
             self._missing(replica, loaded - adapters)
         finally:
@@ -350,7 +352,7 @@ class VllmEngine:
             log.error("vLLM at %s is lost: %s", replica.url, problem)
         replica.up, replica.problem = False, problem
         replica.life += 1
-        for names in (replica.loaded, replica.ready, replica.garbage, replica.retry_at):
+        for names in (replica.loaded, replica.ready, replica.garbage, replica.retry_at, replica.bare):
             names.clear()
         for limit in replica.running:
             if not limit.expired():
@@ -425,8 +427,13 @@ class VllmEngine:
         measured: dict[str, list[float]] = {"with": [], "without": []}
         try:
             for prompt, answer in adapter.probes:
-                for kind, model in (("with", adapter.name), ("without", adapter.base)):
-                    measured[kind].append(await self._mean_logprob(replica, model, prompt, answer))
+                measured["with"].append(await self._mean_logprob(replica, adapter.name, prompt, answer))
+                probe = adapter.base, (*prompt, *answer)
+                if probe not in replica.bare:  # a server's base does not change while it lives
+                    value = await self._mean_logprob(replica, adapter.base, prompt, answer)
+                    if life == replica.life:
+                        replica.bare[probe] = value
+                measured["without"].append(replica.bare.get(probe, 0.0))
         except AdapterMissing:
             self._missing(replica, {adapter.name})
             raise
