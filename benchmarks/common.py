@@ -68,6 +68,14 @@ def parser(description: str) -> argparse.ArgumentParser:
     return result
 
 
+def start(main: Callable[[], None]) -> None:
+    """Run a benchmark; what this project itself can't do here ends it with the reason."""
+    try:
+        main()
+    except Unavailable as error:
+        sys.exit(f"error: {error}")
+
+
 def options(arguments: argparse.Namespace) -> Options:
     rounds = arguments.rounds or (2 if arguments.quick else 3)
     cache = arguments.cache.expanduser().resolve()

@@ -30,6 +30,7 @@ from benchmarks.common import (
     print_json,
     ratio,
     say,
+    start,
     table,
 )
 from benchmarks.tasks import tasks
@@ -38,6 +39,8 @@ from benchmarks.training import RECIPE
 ADAPTERS = 8
 NEW_TOKENS = 24
 TOPICS = "news_topics"
+LATER_SECONDS = 120
+"""Of a quick run, kept for classification and mixed adapters."""
 MIXED_ROWS = 32
 """Rows of one batch for peft, whose memory grows with them."""
 
@@ -141,8 +144,6 @@ class Run:
                 rows = ours.ask("examples", task="headlines", first=500 + 30 * i, count=30)["examples"]
                 recipe = RECIPE | {"steps": 3, "seed": i, "batch_tokens": 1024}
                 ours.ask("train", examples=rows, recipe=recipe, output=path)
-        for name, path in made.items():
-            ours.ask("attach", name=name, directory=path)
         return made
 
     def _sample(self, size: int) -> list[int]:
@@ -157,7 +158,7 @@ class Run:
         """Rounds of generation, of classification, and of mixed adapters."""
         size = 8 if self.options.quick else 40
         self.sample = self._sample(size)
-        few, everything = [self.prompts[i] for i in self.sample], self.prompts
+        few, everything = self.sample, list(range(self.count))
         ask, rounds, left = self._ask, self.options.rounds, self.options.left
         variants: dict[str, Callable[[], Measurement]] = {
             OURS: functools.partial(ask, OURS, "generate", everything, NEW_TOKENS),
@@ -170,19 +171,24 @@ class Run:
             },
             CONTINUOUS: functools.partial(ask, CONTINUOUS, "continuous", few, NEW_TOKENS),
         }
-        self.results |= alternate(variants, rounds, lambda: left() - (120 if self.options.quick else 0))
+        reserve = LATER_SECONDS if self.options.quick else 0
+        self.results |= alternate(variants, rounds, lambda: left() - reserve)
         for name in variants:
             if name in self.workers:
                 self.memory[name] = self.workers[name].peak_memory()
-        topics = [self.topics[i] for i in self.sample]
         self.results |= alternate(
             {
                 LABELS: self._choose,
-                DECODED: functools.partial(ask, ONE, "generate", topics, self.label_tokens),
+                DECODED: functools.partial(
+                    ask, ONE, "generate", self.sample, self.label_tokens, prompts=self.topics
+                ),
             },
             rounds,
             left,
         )
+        # only now: a base with adapters, also when none is active, is not the bare base
+        for name, path in self.adapters.items():
+            self.workers[OURS].ask("attach", name=name, directory=path)
         names = [f"a{i % ADAPTERS}" for i in range(self.count)]
         folders = [[name, self.adapters[name]] for name in names]
         mixed: dict[str, Callable[[], Measurement]] = {
@@ -199,20 +205,30 @@ class Run:
                 ask, VLLM_MIXED, "generate", everything, NEW_TOKENS, adapters=folders
             )
         self.results |= alternate(mixed, rounds, left)
-        for name in (PEFT_MIXED, VLLM_MIXED):
-            if name in self.workers:
-                self.memory[name] = self.workers[name].peak_memory()
+        processes = {OURS_MIXED: OURS, PEFT_MIXED: PEFT_MIXED, VLLM_MIXED: VLLM_MIXED}
+        for name, process in processes.items():
+            if process in self.workers:
+                self.memory[name] = self.workers[process].peak_memory()
 
     def _ask(
-        self, name: str, op: str, prompts: list[list[int]], new_tokens: int, **extra: Any
+        self,
+        name: str,
+        op: str,
+        chosen: list[int],
+        new_tokens: int,
+        prompts: list[list[int]] | None = None,
+        **extra: Any,
     ) -> Measurement:
+        """Let a process answer the prompts with the numbers `chosen`; `answers` has the tokens by number."""
         if name in self.missing:
             raise Unavailable(self.missing[name])
-        found = self.workers[name].ask(op, prompts=prompts, new_tokens=new_tokens, **extra)
+        asked = [(prompts or self.prompts)[i] for i in chosen]
+        found = self.workers[name].ask(op, prompts=asked, new_tokens=new_tokens, **extra)
         generated = sum(map(len, found["tokens"]))
-        return found | {
-            "prompts": len(prompts),
-            "rate": len(prompts) / found["seconds"],
+        return {
+            "answers": dict(zip(chosen, found["tokens"], strict=True)),
+            "prompts": len(chosen),
+            "rate": len(chosen) / found["seconds"],
             "token_rate": generated / found["seconds"],
         }
 
@@ -223,12 +239,10 @@ class Run:
     # -- results ---------------------------------------------------------------------------------------
 
     def equal(self, name: str, reference: str = ONE) -> float | None:
-        """Share of the sample's answers that are those of the reference, token for token."""
-        theirs, ours = self.results[reference].last("tokens"), self.results[name].last("tokens")
-        if theirs is None or ours is None:
-            return None
-        same = ours if len(ours) == len(theirs) else [ours[i] for i in self.sample]
-        return round(sum(a == b for a, b in zip(same, theirs, strict=True)) / len(theirs), 3)
+        """Share of the answers that are those of the reference, token for token, where both answered."""
+        theirs, ours = self.results[reference].last("answers"), self.results[name].last("answers")
+        both = [i for i in ours or () if i in (theirs or {})]
+        return round(sum(ours[i] == theirs[i] for i in both) / len(both), 3) if both else None
 
     def report(self) -> None:
         rate = {name: result.median("rate") for name, result in self.results.items()}
@@ -241,7 +255,7 @@ class Run:
                 number(result.median("token_rate"), 0),
                 number(ratio(rate[name], rate[reference])),
                 equal,
-                megabytes(self.memory.get(name)),
+                megabytes(self.memory.get(name) if result.rounds else None),
                 str(result.last("prompts") or "-"),
                 str(len(result.rounds)),
                 result.reason,
@@ -298,4 +312,4 @@ class Run:
 
 
 if __name__ == "__main__":
-    main()
+    start(main)

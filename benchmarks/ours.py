@@ -158,9 +158,10 @@ def score(task: str, examples: list[Answer], adapter: str | None = None) -> Answ
 
 def generate(prompts: list[list[int]], new_tokens: int) -> Answer:
     """Greedy answers of the bare base."""
+    base = loaded()
     answer: Answer = {}
-    with timed(answer):
-        found = generation.generate(loaded(), prompts, new_tokens)
+    with timed(answer), base.active(None):
+        found = generation.generate(base, prompts, new_tokens)
     return answer | {"tokens": [one.token_ids for one in found]}
 
 
@@ -182,7 +183,7 @@ def choose(task: str, prompts: list[list[int]]) -> Answer:
     base = loaded()
     labels = [base.chat.target_ids(label) for label in tasks()[task].labels]
     answer: Answer = {}
-    with timed(answer):
+    with timed(answer), base.active(None):
         chosen = scoring.choose_label(base, prompts, labels)  # type: ignore[attr-defined]
     return answer | {"chosen": list(map(int, chosen))}
 

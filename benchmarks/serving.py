@@ -30,6 +30,7 @@ from benchmarks.common import (
     cached_base,
     closing,
     cores,
+    last_line,
     megabytes,
     number,
     options,
@@ -39,6 +40,7 @@ from benchmarks.common import (
     print_json,
     ratio,
     say,
+    start,
     table,
 )
 from benchmarks.deployment import Server, deployment_environment, free_ports, gateway, prepare_home
@@ -49,7 +51,8 @@ from ml_assets.endpoints.ledger import Ledger
 TASK = "home_commands"
 NEW_TOKENS = 24
 ADAPTERS = 8
-CLIENTS = (1, 8, 32)
+QUESTIONS = {1: 4, 8: 16, 32: 32}
+"""Of a measurement, by the number of clients; `--times` multiplies them."""
 STEPS = 6
 """Of the training of each adapter: enough that each answers in its own way."""
 
@@ -70,8 +73,9 @@ class Target:
 
 def main() -> None:
     arguments = parser(str(__doc__).split("\n\n")[0])
-    given = options(arguments.parse_args())
-    run = Run(given)
+    arguments.add_argument("--times", type=int, help="factor on the questions; default 4, with --quick 1")
+    given = arguments.parse_args()
+    run = Run(options(given), given.times or (1 if given.quick else 4))
     with closing(run.open):
         run.prepare()
         results = run.measure()
@@ -81,12 +85,12 @@ def main() -> None:
 class Run:
     """One run of the benchmark: its servers and results."""
 
-    def __init__(self, given: Options):
+    def __init__(self, given: Options, times: int):
         self.options = given
         self.open: dict[str, Any] = {}
         self.targets: dict[str, Target] = {}
         self.missing: dict[str, str] = {}
-        self.requests = {1: 4, 8: 16, 32: 32} if given.quick else {1: 16, 8: 64, 32: 128}
+        self.requests = {clients: count * times for clients, count in QUESTIONS.items()}
 
     # -- preparation -----------------------------------------------------------------------------------
 
@@ -114,10 +118,10 @@ class Run:
         }
         if not self.options.quick:
             starts[TRANSFORMERS] = self._transformers
-        for name, start in starts.items():
+        for name, begin in starts.items():
             say(f"starting {name}")
             try:
-                target = start()
+                target = begin()
                 self.open[name] = target.server
                 target.server.wait(min(300.0, self.options.left()))
                 target.questions = cycle(self.questions)
@@ -125,11 +129,12 @@ class Run:
                 for model in target.models:
                     self._ask(target, [model], 1, 1)
             except (Unavailable, load.LoadError) as error:
-                self.missing[name] = str(error)
+                log = f" ({last_line(self.open[name].log)})" if isinstance(error, load.LoadError) else ""
+                self.missing[name] = f"{error}{log}"
                 self.targets.pop(name, None)
                 if name in self.open:
                     self.open.pop(name).close()
-                say(f"{name}: {error}")
+                say(f"{name}: {self.missing[name]}")
 
     def _adapters(self, folder: Path) -> list[Path]:
         """PEFT folders of adapters that the ledger of the home releases, each trained on rows of its own."""
@@ -212,18 +217,19 @@ class Run:
     def measure(self) -> dict[tuple[str, int, int], Measured]:
         """Rounds over {(server, adapters, clients)}; a server without adapters has a single cell of each."""
         cells: dict[tuple[str, int, int], Callable[[], Measurement]] = {}
-        for clients in CLIENTS:
+        for clients in QUESTIONS:
             for adapters in (1, ADAPTERS):
                 for name, target in self.targets.items():
                     if adapters <= len(target.models):
                         cells[name, adapters, clients] = functools.partial(
                             self._cell, target, adapters, clients
                         )
-        named = {str(cell): measure for cell, measure in cells.items()}
+        titles = {cell: f"{cell[0]}, adapters {cell[1]}, clients {cell[2]}" for cell in cells}
+        named = {titles[cell]: measure for cell, measure in cells.items()}
         found = alternate(named, self.options.rounds, self.options.left)
         for target in self.targets.values():
             target.memory = peak_memory(target.server.process.pid)
-        return {cell: found[str(cell)] for cell in cells}
+        return {cell: found[titles[cell]] for cell in cells}
 
     def _cell(self, target: Target, adapters: int, clients: int) -> Measurement:
         try:
@@ -273,13 +279,13 @@ class Run:
         rows += [[name, *["-"] * 7, "0", reason] for name, reason in self.missing.items()]
         header = ["server", "adapters", "clients", "requests/s", "new tokens/s", "median first ms", "p99 ms"]
         title = f"Serving: {TASK}, up to {NEW_TOKENS} new tokens, {self.dtype}"
-        print(table(title, [*header, "peak memory", "rounds", ""], sorted(rows, key=lambda row: row[2])))
+        print(table(title, [*header, "peak memory", "rounds", "note"], rows))
 
         def median(name: str, adapters: int, clients: int, figure: str) -> float | None:
             found = results.get((name, adapters, clients))
             return found.median(figure) if found else None
 
-        busiest = CLIENTS[-1]
+        busiest = max(QUESTIONS)
         ours = median(OURS, ADAPTERS, busiest, "tokens")
         peers = [
             median(name, len(target.models), busiest, "tokens")
@@ -301,4 +307,4 @@ def _milliseconds(seconds: float | None) -> float | None:
 
 
 if __name__ == "__main__":
-    main()
+    start(main)

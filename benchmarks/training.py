@@ -31,6 +31,7 @@ from benchmarks.common import (
     print_json,
     ratio,
     say,
+    start,
     table,
 )
 from benchmarks.tasks import tasks
@@ -60,13 +61,16 @@ def main() -> None:
     arguments.add_argument("--task", default="headlines", choices=sorted(tasks()), help="task that is timed")
     arguments.add_argument("--examples", type=int, help="training examples; default 256, with --quick 64")
     arguments.add_argument("--batch-tokens", type=int, default=1024, help="tokens of one step")
+    arguments.add_argument(
+        "--evaluate", nargs="*", default=list(tasks()), choices=list(tasks()), help="tasks of the last table"
+    )
     given = arguments.parse_args()
     run = Run(options(given), given.task, given.examples or (64 if given.quick else 256), given.batch_tokens)
     with closing(run.workers):
         run.prepare()
         results = run.measure()
         gap = run.compare_losses(results)
-        points = run.compare_kinds()
+        points = run.compare_kinds(given.evaluate)
     run.report(results, gap, points)
 
 
@@ -112,7 +116,7 @@ class Run:
         judge = self.workers["judge"]
         found = judge.ask("examples", task=self.task, first=0, count=self.count)
         self.examples, self.pad_id = found["examples"], found["pad_id"]
-        held_out = 60 if self.options.quick else 200
+        held_out = 40 if self.options.quick else 100
         self.held_out = judge.ask("examples", task=self.task, first=self.count, count=held_out)["examples"]
         self.tokens = sum(len(one["prompt"]) + len(one["target"]) for one in self.examples)
         self.batches = judge.ask("plan", examples=self.examples, recipe=self.recipe | {"epochs": 1})[
@@ -208,12 +212,12 @@ class Run:
             return None
         return round(abs(self.losses[LORA] - self.losses[PLANNED]), 5)
 
-    def compare_kinds(self) -> dict[str, dict[str, float]]:
+    def compare_kinds(self, names: list[str]) -> dict[str, dict[str, float]]:
         """Points of the base and of both adapter kinds, each trained for 3 epochs, by task."""
         train, evaluation = (64, 40) if self.options.quick else (600, 200)
         judge, took = self.workers["judge"], 0.0
         points: dict[str, dict[str, float]] = {}
-        for name in tasks():
+        for name in names:
             before = self.options.left()
             if before < took * 1.2:
                 say(f"no time for the evaluation of {name}")
@@ -261,7 +265,15 @@ class Run:
                     result.reason,
                 ]
             )
-        header = ["variant", "useful tokens/s", "times Trainer", "peak memory", "held-out NLL", "rounds", ""]
+        header = [
+            "variant",
+            "useful tokens/s",
+            "times Trainer",
+            "peak memory",
+            "held-out NLL",
+            "rounds",
+            "note",
+        ]
         before = number(self.losses.get("base"), 4)
         title = (
             f"Training: {self.task}, {self.count} examples, {len(self.batches)} steps an epoch, rank "
@@ -307,4 +319,4 @@ def _median(values: list[float]) -> float | None:
 
 
 if __name__ == "__main__":
-    main()
+    start(main)

@@ -13,11 +13,17 @@
 | `EVERGREEN_KV_CACHE_MB` | `2048` | keys and values of the requests under way on one base, in the gateway |
 | `EVERGREEN_PREFIX_CACHE_MB` | `512` | those of system prompts and other beginnings kept for later requests |
 | `EVERGREEN_MLFLOW_URI` | `sqlite:///<home>/mlflow/mlflow.db` | MLflow tracking and registry store |
+| `EVERGREEN_ENGINE` | `in_process` | what answers for endpoints that name no engine: `in_process` or `vllm` |
+| `EVERGREEN_VLLM_URLS` | | vLLM servers, separated by commas: each replica's own URL |
+| `EVERGREEN_VLLM_API_KEY` | | the key that they were started with, if any |
 """
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal, get_args
+
+EngineName = Literal["in_process", "vllm"]
 
 
 @dataclass(frozen=True)
@@ -35,11 +41,15 @@ class Settings:
     request_seconds: int
     kv_cache_bytes: int
     prefix_cache_bytes: int
+    engine: EngineName
+    vllm_urls: tuple[str, ...]
+    vllm_api_key: str | None = field(repr=False)
 
     @classmethod
     def from_env(cls) -> "Settings":
-        """Read the environment. Raises ValueError that names the variable when a port is not a number
-        from 1 to 65535, or a limit not a number from 1."""
+        """Read the environment. Raises ValueError that names the variable and what was expected: a port from
+        1 to 65535, a limit from 1, an engine that exists (vllm only with URLs), URLs that are http or
+        https."""
         home = Path(os.environ.get("EVERGREEN_HOME", ".evergreen")).expanduser().resolve()
         return cls(
             home=home,
@@ -53,6 +63,9 @@ class Settings:
             request_seconds=_limit("EVERGREEN_REQUEST_SECONDS", 300),
             kv_cache_bytes=_limit("EVERGREEN_KV_CACHE_MB", 2048) * 2**20,
             prefix_cache_bytes=_limit("EVERGREEN_PREFIX_CACHE_MB", 512) * 2**20,
+            engine=_engine(),
+            vllm_urls=_vllm_urls(),
+            vllm_api_key=os.environ.get("EVERGREEN_VLLM_API_KEY") or None,
         )
 
     @property
@@ -117,3 +130,22 @@ def _port(variable: str, default: int) -> int:
     if not text.isdigit() or not 1 <= int(text) <= 65535:
         raise ValueError(f"{variable}={text!r}: expected a port number from 1 to 65535")
     return int(text)
+
+
+def _engine() -> EngineName:
+    text = os.environ.get("EVERGREEN_ENGINE") or "in_process"
+    for name in get_args(EngineName):
+        if text == name:
+            if name == "vllm" and not _vllm_urls():
+                raise ValueError("EVERGREEN_ENGINE='vllm': expected the servers' URLs in EVERGREEN_VLLM_URLS")
+            return name
+    raise ValueError(f"EVERGREEN_ENGINE={text!r}: expected {' or '.join(get_args(EngineName))}")
+
+
+def _vllm_urls() -> tuple[str, ...]:
+    text = os.environ.get("EVERGREEN_VLLM_URLS", "")
+    urls = [url.strip().rstrip("/").removesuffix("/v1") for url in text.split(",") if url.strip()]
+    for url in urls:
+        if not url.startswith(("http://", "https://")):
+            raise ValueError(f"EVERGREEN_VLLM_URLS={text!r}: expected http(s) URLs separated by commas")
+    return tuple(dict.fromkeys(urls))

@@ -4,6 +4,7 @@ Nothing here reads data or imports Dagster; `ml_assets.customization` turns a `C
 """
 
 import math
+import os
 import re
 from statistics import NormalDist
 from string import Formatter
@@ -22,6 +23,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from ml_assets.artifacts import canonical_json, sha256_bytes
+from ml_assets.settings import EngineName
 
 NAME = r"^[a-z][a-z0-9_]*$"
 FAMILY = r"^[a-z0-9][a-z0-9._-]*$"
@@ -461,8 +463,13 @@ class FreshnessSpec(Block):
 
 
 class EndpointSpec(Block):
-    """Serving limits."""
+    """What serves, and its limits."""
 
+    engine: EngineName | None = Field(
+        default=None,
+        description="`in_process` (the gateway computes) or `vllm` (servers named by `EVERGREEN_VLLM_URLS`, "
+        "which serve exact LoRA only); default: the deployment's, `EVERGREEN_ENGINE`",
+    )
     max_new_tokens: int = Field(default=256, ge=1, description="longest answer")
     max_prompt_tokens: int | None = Field(default=None, ge=1, description="default: the base's context")
 
@@ -482,7 +489,7 @@ class CustomizationSpec(Block):
     adapter: AdapterRecipe = Field(default_factory=AdapterRecipe, description="how it is trained")
     evaluation: EvaluationSpec = Field(description="how answers are judged")
     freshness: FreshnessSpec = Field(default_factory=FreshnessSpec, description="how old it may get")
-    endpoint: EndpointSpec = Field(default_factory=EndpointSpec, description="serving limits")
+    endpoint: EndpointSpec = Field(default_factory=EndpointSpec, description="what serves, and its limits")
 
     @field_validator("name")
     @classmethod
@@ -506,6 +513,27 @@ class CustomizationSpec(Block):
             if not re.fullmatch(r"team:[\w.-]+|[^@\s]+@[^@\s]+\.[^@\s]+", owner):
                 raise _wrong(str(index), f"expected 'team:<name>' or an e-mail address, found {owner!r}")
         return owners
+
+    @model_validator(mode="after")
+    def _servable(self) -> "CustomizationSpec":
+        if self.adapter.kind == "activated_lora" and self.engine() == "vllm":
+            where = "endpoint.engine" if self.endpoint.engine else "EVERGREEN_ENGINE"
+            raise _wrong(
+                "adapter.kind",
+                f"expected lora or auto: {where} is vllm, which serves exact LoRA only; or serve it with "
+                "endpoint.engine: in_process",
+            )
+        if self.evaluation.answer_by == "label_scores" and self.engine() == "vllm":
+            raise _wrong(
+                "evaluation.answer_by",
+                "expected generation: the endpoint's engine is vllm, which does not score labels; or serve it "
+                "with endpoint.engine: in_process",
+            )
+        return self
+
+    def engine(self) -> str:
+        """What answers: the endpoint's engine, else the deployment's."""
+        return self.endpoint.engine or os.environ.get("EVERGREEN_ENGINE") or "in_process"
 
     def version(self, code: str, *blocks: str) -> str:
         """Version of what is made from these blocks by code of version `code`: a change of the YAML makes

@@ -223,6 +223,13 @@ MISTAKES = {
         14,
         "adapter.steps: expected 'epochs' or 'steps', found both",
     ),
+    "an adapter that the endpoint can't serve": (
+        "  evaluation:",
+        "  adapter: {kind: activated_lora}\n  endpoint: {engine: vllm}\n  evaluation:",
+        12,
+        "adapter.kind: expected lora or auto: endpoint.engine is vllm, which serves exact LoRA only; or "
+        "serve it with endpoint.engine: in_process",
+    ),
     "bad duration": (
         "  evaluation:",
         "  freshness: {dataset: daily}\n  evaluation:",

@@ -24,12 +24,14 @@ _CORPUS = [
 ] * 4
 
 
-def tiny_model(architecture: str, directory: Path, chat_template: bool = True, seed: int = 0) -> Path:
+def tiny_model(
+    architecture: str, directory: Path, chat_template: bool = True, seed: int = 0, heads: int = 4
+) -> Path:
     """Write a random causal model (2 layers, hidden size 64, context 512, bfloat16) with a byte-level BPE
     tokenizer of at most 400 tokens to `directory`, and return it.
 
     `architecture` is one of ARCHITECTURES. EOS is `<|im_end|>`; with `chat_template`, a ChatML template.
-    Same arguments, same bytes.
+    `heads` divides the hidden size: some servers want heads of 32 or more. Same arguments, same bytes.
     """
     import torch
     from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
@@ -51,7 +53,9 @@ def tiny_model(architecture: str, directory: Path, chat_template: bool = True, s
     state = torch.get_rng_state()
     torch.manual_seed(seed)
     try:
-        model = AutoModelForCausalLM.from_config(_config(architecture, tokenizer), dtype=torch.bfloat16)
+        model = AutoModelForCausalLM.from_config(
+            _config(architecture, tokenizer, heads), dtype=torch.bfloat16
+        )
     finally:
         torch.set_rng_state(state)
     model.generation_config.eos_token_id = tokenizer.eos_token_id
@@ -127,7 +131,7 @@ def _tokenizer() -> Any:
     return tokenizer
 
 
-def _config(architecture: str, tokenizer: Any) -> Any:
+def _config(architecture: str, tokenizer: Any, heads: int) -> Any:
     from transformers import (
         GemmaConfig,
         GPT2Config,
@@ -147,10 +151,10 @@ def _config(architecture: str, tokenizer: Any) -> Any:
         "hidden_size": 64,
         "intermediate_size": 128,
         "num_hidden_layers": 2,
-        "num_attention_heads": 4,
+        "num_attention_heads": heads,
         "max_position_embeddings": CONTEXT,
     }
-    grouped = shape | {"num_key_value_heads": 2}
+    grouped = shape | {"num_key_value_heads": heads // 2}
     match architecture:
         case "llama":
             return LlamaConfig(**grouped, tie_word_embeddings=True)
@@ -159,9 +163,9 @@ def _config(architecture: str, tokenizer: Any) -> Any:
         case "mistral":
             return MistralConfig(**grouped, sliding_window=None)
         case "gemma":
-            return GemmaConfig(**grouped, head_dim=16)
+            return GemmaConfig(**grouped, head_dim=64 // heads)
         case "gpt_neox":
             return GPTNeoXConfig(**shape)
         case "gpt2":
-            return GPT2Config(**special, n_embd=64, n_layer=2, n_head=4, n_positions=CONTEXT)
+            return GPT2Config(**special, n_embd=64, n_layer=2, n_head=heads, n_positions=CONTEXT)
     raise ValueError(f"architecture {architecture!r}: expected one of {', '.join(ARCHITECTURES)}")

@@ -42,6 +42,8 @@ def resolve_kind(
     recipe = inputs.spec.adapter
     if recipe.kind != "auto":
         return inputs, None
+    if inputs.spec.engine() == "vllm":
+        return _with_kind(inputs, "lora"), {"kind": "lora", "reason": "vLLM serves exact LoRA only"}
     key = _key(inputs)
     known = store.recall(KIND, key)
     if known:

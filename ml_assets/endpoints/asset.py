@@ -1,6 +1,7 @@
 """`<name>/endpoint`: the version of one customization that answers users."""
 
 import contextlib
+import dataclasses
 import json
 from collections.abc import Iterator, Mapping
 from datetime import timedelta
@@ -28,12 +29,15 @@ from resources.mlflow_tracking import MlflowTracking, VersionInfo
 
 CHAMPION, CHALLENGER = "champion", "challenger"
 HISTORY_ROWS = 20
+RECORDED = ("engine", "max_new_tokens", "max_prompt_tokens")
+"""Fields of the `endpoint` block that a release records and the gateway follows."""
 
 
 def build_endpoint_asset(spec: CustomizationSpec) -> dg.AssetsDefinition:
     """The endpoint asset of one customization: releases the challenger if there is one, and proves in any
     case that the gateway answers with the accepted version."""
     key = dg.AssetKey([spec.name, "endpoint"])
+    settings = {name: getattr(spec.endpoint, name) for name in RECORDED}
     fresh = spec.freshness.endpoint
 
     @dg.asset(
@@ -74,6 +78,17 @@ def build_endpoint_asset(spec: CustomizationSpec) -> dg.AssetsDefinition:
                 raise Fenced(f"run {context.run.run_id} was ended meanwhile ({run.status.value})")
 
         with ledger.opened() as book:
+
+            def released(candidate: Release) -> Release:
+                return release(
+                    candidate,
+                    ledger=book,
+                    store=store,
+                    gateway=client,
+                    move_alias=move_alias,
+                    still_wanted=still_wanted,
+                )
+
             try:
                 with gateway.client() as client:
                     champion = mlflow_tracking.get_alias(spec.name, CHAMPION)
@@ -92,8 +107,7 @@ def build_endpoint_asset(spec: CustomizationSpec) -> dg.AssetsDefinition:
                             adapter_digest=challenger.adapter_digest,
                             report_digest=report,
                             mlflow_version=challenger.version,
-                            max_new_tokens=spec.endpoint.max_new_tokens,
-                            max_prompt_tokens=spec.endpoint.max_prompt_tokens,
+                            **settings,
                             run_id=context.run.run_id,
                             actor=actor(context.run.tags),
                             reason=f"promoted by eval report {report[:12]}",
@@ -101,16 +115,19 @@ def build_endpoint_asset(spec: CustomizationSpec) -> dg.AssetsDefinition:
                         context.log.info(
                             f"releasing version {challenger.version}: {candidate.adapter_digest}"
                         )
-                        current = release(
-                            candidate,
-                            ledger=book,
-                            store=store,
-                            gateway=client,
-                            move_alias=move_alias,
-                            still_wanted=still_wanted,
-                        )
+                        current = released(candidate)
                     elif current is None:
                         raise dg.Failure(nothing_accepted(store, eval_reports), allow_retries=False)
+                    elif current != (same := dataclasses.replace(current, **settings)):
+                        candidate = dataclasses.replace(
+                            same,
+                            action="release",
+                            run_id=context.run.run_id,
+                            actor=actor(context.run.tags),
+                            reason="the endpoint's engine or limits were changed",
+                        )
+                        context.log.info(f"serving {current.adapter_digest} with {settings}")
+                        current = released(candidate)
                     elif serve_again(current, store=store, gateway=client):
                         context.log.warning(f"the gateway had lost {current.adapter_digest}; it serves again")
                     fingerprint = read_fingerprint(store, current.adapter_digest)

@@ -6,6 +6,7 @@ from typing import Any
 
 import dagster as dg
 
+from ml_assets.adapters.fingerprint import tolerances
 from ml_assets.endpoints.gateway.client import Probed
 from ml_assets.endpoints.ledger import Release
 
@@ -28,9 +29,14 @@ def serving(
             "expected": probe["with"],
             "measured": round(measured, 4),
             "bare base": round(bare, 4),
+            "tolerance": round(tolerance, 4),
         }
-        for probe, measured, bare in zip(
-            fingerprint["probes"], probed.with_adapter, probed.without, strict=True
+        for probe, measured, bare, tolerance in zip(
+            fingerprint["probes"],
+            probed.with_adapter,
+            probed.without,
+            tolerances(fingerprint),
+            strict=True,
         )
     ]
     return dg.AssetCheckResult(
@@ -41,7 +47,6 @@ def serving(
         metadata={
             "adapter": release.adapter_digest,
             "log-probabilities (nats per token)": dg.MetadataValue.table([dg.TableRecord(r) for r in rows]),
-            "tolerance": float(fingerprint["tolerance"]),
         },
     )
 

@@ -18,6 +18,8 @@ from filelock import FileLock
 from sqlalchemy import event
 from sqlalchemy.exc import DBAPIError
 
+from ml_assets.settings import EngineName
+
 Action = Literal["release", "rollback", "withdraw"]
 
 _metadata = sa.MetaData()
@@ -39,6 +41,7 @@ _releases = sa.Table(
     sa.Column("actor", sa.String(200), nullable=False),
     sa.Column("reason", sa.Text, nullable=False),
     sa.Column("at", sa.String(40), nullable=False),
+    sa.Column("engine", sa.String(20), nullable=True),
 )
 _fenced_runs = sa.Table(
     "fenced_runs",
@@ -87,8 +90,9 @@ class Release:
 
     `action` is `release` for a new version, `rollback` for a return to an earlier one, and `withdraw` when
     nothing serves from then on (the digests then name what was withdrawn). `max_new_tokens` and
-    `max_prompt_tokens` (None: the base's context) are the limits of the endpoint. `run_id` is the Dagster
-    run, `actor` the person or program. `at` is UTC in ISO 8601; it and `id` are set by the ledger.
+    `max_prompt_tokens` (None: the base's context) are the limits of the endpoint, `engine` what it says about
+    the engine (None: the deployment's). `run_id` is the Dagster run, `actor` the person or program. `at` is
+    UTC in ISO 8601; it and `id` are set by the ledger.
     """
 
     customization: str
@@ -105,6 +109,7 @@ class Release:
     action: Action = "release"
     at: str = ""
     id: int = 0
+    engine: EngineName | None = None
 
 
 class ReleaseTransaction:
@@ -249,8 +254,11 @@ def _create_schema(engine: sa.Engine) -> None:
                 raw.cursor().execute("PRAGMA journal_mode = WAL")
                 raw.close()
                 _create(engine)
-    elif not sa.inspect(engine).has_table(_writer.name):
-        _retry_once(lambda: _create(engine))
+            _add_engine_column(engine)
+    else:
+        if not sa.inspect(engine).has_table(_writer.name):
+            _retry_once(lambda: _create(engine))
+        _retry_once(lambda: _add_engine_column(engine))
 
 
 def _create(engine: sa.Engine) -> None:
@@ -259,6 +267,13 @@ def _create(engine: sa.Engine) -> None:
         _metadata.create_all(connection)
         if connection.execute(sa.select(_writer.c.id)).first() is None:
             connection.execute(sa.insert(_writer).values(id=1, turn=0))
+
+
+def _add_engine_column(engine: sa.Engine) -> None:
+    """Ledgers made before there was a choice of engines do not have it."""
+    if not any(column["name"] == "engine" for column in sa.inspect(engine).get_columns(_releases.name)):
+        with engine.begin() as connection:
+            connection.execute(sa.DDL("ALTER TABLE releases ADD COLUMN engine VARCHAR(20)"))
 
 
 def _retry_once(create: Callable[[], None]) -> None:

@@ -12,7 +12,7 @@ import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from ml_assets.adapters.fingerprint import matches
+from ml_assets.adapters.fingerprint import matches, tolerances
 from ml_assets.artifacts import ArtifactRef, ArtifactStore
 from ml_assets.endpoints.gateway.client import GatewayClient, GatewayError, Probed
 from ml_assets.endpoints.ledger import Fenced, Ledger, Release
@@ -133,7 +133,7 @@ def _verify(expected: Release, fingerprint: Mapping[str, Any], probed: Probed) -
         measured = [round(value, 4) for value in probed.with_adapter]
         raise ReleaseFailed(
             f"{_name(expected)} does not answer with its fingerprint: expected {wanted}, measured {measured} "
-            f"(tolerance {fingerprint['tolerance']} nats per token)"
+            f"(tolerance {[round(one, 4) for one in tolerances(fingerprint)]} nats per token)"
         )
 
 

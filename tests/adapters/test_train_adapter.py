@@ -92,6 +92,10 @@ def test_auto_keeps_the_kind_that_the_evaluation_allows(
     assert resolved.key == named.key
     assert not list((evergreen_home / "checkpoints").glob("*"))
 
+    monkeypatch.setenv("EVERGREEN_ENGINE", "vllm")
+    elsewhere, reason = resolve_kind(inputs, store, evergreen_home)
+    assert elsewhere.spec.adapter.kind == "lora" and reason and "vLLM" in reason["reason"]
+    monkeypatch.delenv("EVERGREEN_ENGINE")
     monkeypatch.setattr(kind_module, "MIN_HELD_OUT", 10_000)
     few, reason = resolve_kind(small_inputs(store, kind="auto", rank=2), store, evergreen_home)
     assert few.spec.adapter.kind == "lora" and reason and "rows to compare on" in reason["reason"]

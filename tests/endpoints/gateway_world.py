@@ -67,10 +67,12 @@ class Made:
 
 
 class World:
-    """An EVERGREEN_HOME with an artifact store, a ledger, an admin key and a key for everything."""
+    """An EVERGREEN_HOME with an artifact store, a ledger, an admin key and a key for everything. `heads` are
+    the attention heads of its bases."""
 
-    def __init__(self, home: Path):
+    def __init__(self, home: Path, heads: int = 4):
         self.home = home
+        self.heads = heads
         self.store = ArtifactStore(str(home / "artifacts"))
         self.ledger_url = f"sqlite:///{home / 'ledger.db'}"
         self.ledger = Ledger(self.ledger_url)
@@ -83,7 +85,7 @@ class World:
         """(loaded base, its artifact)."""
         if (architecture, seed) not in self._bases:
             with self.store.staging("base_model") as directory:
-                base = _base(architecture, directory, seed)
+                base = _base(architecture, directory, seed, self.heads)
                 ref = self.store.publish_directory("base_model", directory)
             base.model.name_or_path = str(self.store.open(ref))
             self._bases[architecture, seed] = base, ref
@@ -130,10 +132,10 @@ class World:
             return tx.record(release)
 
 
-def _base(architecture: str, directory: Path, seed: int) -> Any:
+def _base(architecture: str, directory: Path, seed: int, heads: int) -> Any:
     """A tiny base whose probabilities differ from token to token: those of random weights are nearly equal,
     so that no adapter could change them much and rounding could change the answer."""
-    tiny_model(architecture, directory, seed=seed)
+    tiny_model(architecture, directory, seed=seed, heads=heads)
     path = directory / "model.safetensors"
     weights = load_file(path)
     output = "lm_head.weight" if "lm_head.weight" in weights else "model.embed_tokens.weight"

@@ -77,7 +77,7 @@ class Project:
             self.tracking.set_alias("home", "challenger", version)
         return version
 
-    def materialize(self, **options: Any) -> dg.ExecuteInProcessResult:
+    def materialize(self, spec: CustomizationSpec = SPEC, **options: Any) -> dg.ExecuteInProcessResult:
         @dg.asset(partitions_def=BASE_MODELS)
         def base_model(context: dg.AssetExecutionContext) -> ArtifactRef:
             return self.bases[context.partition_key]
@@ -86,7 +86,7 @@ class Project:
         def eval_report(context: dg.AssetExecutionContext) -> ArtifactRef:
             return self.reports[context.partition_key]
 
-        endpoint = build_endpoint_asset(SPEC)
+        endpoint = build_endpoint_asset(spec)
         for revision in self.reports:
             self.instance.add_dynamic_partitions("base_models", [revision])
             upstream = dg.materialize(
@@ -167,6 +167,18 @@ def test_the_life_of_an_endpoint(project: Project) -> None:
     # nothing new: the same version is proven again, and no row is added
     again = project.materialize()
     assert again.success and check(again).passed and len(world.ledger.history("home")) == 1
+
+    # other limits, or another engine: the same version, as a release of its own
+    limits = SPEC.model_dump(mode="json") | {"endpoint": {"max_new_tokens": 3, "max_prompt_tokens": 100}}
+    changed = project.materialize(CustomizationSpec.model_validate(limits))
+    assert changed.success and check(changed).passed
+    row = world.ledger.current("home")
+    assert row and (row.adapter_digest, row.max_new_tokens, row.action) == (first.digest, 3, "release")
+    assert row.report_digest == world.ledger.history("home")[1].report_digest
+    limits["endpoint"] = {"engine": "vllm"}
+    refused = project.materialize(CustomizationSpec.model_validate(limits))
+    assert "EVERGREEN_VLLM_URLS" in failure(refused) and world.ledger.current("home") == row
+    assert project.materialize().success and served(project) == first.digest
 
     # a challenger whose report compared it with something else does not move
     project.evaluate(second, "promote", None)

@@ -154,3 +154,17 @@ def test_eight_processes_open_a_fresh_ledger_at_once_and_write(tmp_path: Path) -
         assert len(ledger.history(f"customization_{n}")) == 40
     with ledger.engine.connect() as connection:
         assert connection.exec_driver_sql("PRAGMA journal_mode").scalar() == "wal"
+
+
+def test_a_ledger_from_before_there_were_engines_is_opened(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path}/ledger.db"
+    old = Ledger(url)
+    first = put(old, make_release())
+    with old.engine.begin() as connection:
+        connection.execute(sa.text("ALTER TABLE releases DROP COLUMN engine"))
+    old.close()
+    again = Ledger(url)
+    assert again.current("home") == first
+    second = put(again, make_release(engine="vllm"))
+    assert again.history("home") == [second, first]
+    assert Ledger(url).current_all()["home"].engine == "vllm"

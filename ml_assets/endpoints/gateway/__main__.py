@@ -20,6 +20,7 @@ def _is_news(record: logging.LogRecord) -> bool:
 def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     logging.getLogger("uvicorn.access").addFilter(_is_news)
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # it would name every request to a vLLM server
     settings = Settings.from_env()
     uvicorn.run(
         app_from_settings(),

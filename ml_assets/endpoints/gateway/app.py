@@ -32,7 +32,9 @@ from ml_assets.endpoints.gateway.schemas import (
     CustomizationRequest,
     StageRequest,
 )
+from ml_assets.endpoints.gateway.vllm import VllmEngine
 from ml_assets.endpoints.ledger import Ledger, Release
+from ml_assets.settings import EngineName
 
 Access = Literal["public", "key", "admin"]
 
@@ -55,6 +57,8 @@ BODY_SECONDS = 30.0
 """Time that a client may take to send its request."""
 ADAPTER_HEADER = "x-evergreen-adapter"
 BASE_HEADER = "x-evergreen-base"
+RESTORE_SECONDS = 5.0
+"""Between two attempts to serve what has no vLLM server."""
 
 log = logging.getLogger("evergreen.gateway")
 B = TypeVar("B", bound=BaseModel)
@@ -66,26 +70,34 @@ def create_app(
     *,
     max_queue: int = 64,
     max_body_bytes: int = MAX_BODY_BYTES,
+    engine_name: EngineName = "in_process",
+    vllm: VllmEngine | None = None,
     **limits: Any,
 ) -> FastAPI:
     """The gateway as an ASGI application. It begins to serve what the ledger says when it starts.
 
-    `max_queue` is the number of requests of one customization that may wait, `limits` are the engine's other
-    ones; `app.state.engine` and `app.state.metrics` are for tests.
+    `max_queue` is the number of requests of one customization that may wait, `engine_name` what answers for
+    endpoints that name no engine, `vllm` the servers behind the engine of that name, `limits` are the
+    engine's other ones; `app.state.engine` and `app.state.metrics` are for tests.
     """
-    engine, metrics = Engine(store, max_queue=max_queue, **limits), Metrics()
+    engine = Engine(store, max_queue=max_queue, vllm=vllm, default=engine_name, **limits)
+    metrics = Metrics()
     restored = asyncio.Event()
 
     @contextlib.asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
         engine.start()
+        if vllm is not None:
+            vllm.start()
         released = await run_in_threadpool(ledger.current_all)
         engine.unserved.update(dict.fromkeys(released, "it is loading"))
-        restoring = asyncio.create_task(_restore(engine, released, restored))
+        restoring = asyncio.create_task(_restore(engine, ledger, released, restored))
         try:
             yield
         finally:
             restoring.cancel()
+            if vllm is not None:
+                await vllm.close()
             await run_in_threadpool(engine.close)
 
     app = FastAPI(
@@ -99,9 +111,10 @@ def create_app(
     # -- health ----------------------------------------------------------------------------------------
 
     def health() -> dict[str, Any]:
-        status = "loading" if not restored.is_set() else "degraded" if engine.unserved else "ready"
-        served = {name: version.describe() for name, version in sorted(engine.served.items())}
-        return {"live": True, "status": status, "served": served, "unserved": dict(engine.unserved)}
+        answering, unserved = engine.answering()
+        status = "loading" if not restored.is_set() else "degraded" if unserved else "ready"
+        served = {name: version.describe() for name, version in sorted(answering.items())}
+        return {"live": True, "status": status, "served": served, "unserved": unserved}
 
     @app.get("/healthz")
     async def healthz() -> dict[str, Any]:
@@ -120,8 +133,11 @@ def create_app(
         for name, length in engine.queue_lengths().items():
             metrics.waiting.labels(name).set(length)
         metrics.served.clear()
+        metrics.replicas.clear()
         for name, version in list(engine.served.items()):
             metrics.served.labels(name, version.adapter_digest, version.base_revision).set(1)
+            if vllm is not None and version.engine == "vllm":
+                metrics.replicas.labels(name).set(vllm.ready_replicas(version))
         return Response(metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     # -- OpenAI ----------------------------------------------------------------------------------------
@@ -195,28 +211,45 @@ def create_app(
     return app
 
 
-async def _restore(engine: Engine, released: dict[str, Release], restored: asyncio.Event) -> None:
-    """Serve again what was served: whatever does not verify is left out, loudly, and the rest serves."""
-    for name, release in released.items():
-        try:
-            await engine.stage(
-                Version(
-                    customization=name,
-                    base_revision=release.base_revision,
-                    base_digest=release.base_digest,
-                    adapter_digest=release.adapter_digest,
-                    max_new_tokens=release.max_new_tokens,
-                    max_prompt_tokens=release.max_prompt_tokens,
-                )
-            )
-            engine.activate(name, release.adapter_digest)
-            log.info("%s: served by adapter %s again", name, release.adapter_digest)
-        except ApiError as error:
-            if name in engine.served:
-                continue  # a release came in between
-            engine.unserved[name] = error.message
-            log.error("%s is NOT SERVED: %s", name, error.message)
+async def _restore(
+    engine: Engine, ledger: Ledger, released: dict[str, Release], restored: asyncio.Event
+) -> None:
+    """Serve again what was served: whatever does not verify is left out, loudly, and the rest serves. What
+    has no vLLM server yet is tried again until it has one."""
+    waiting = [name for name, release in released.items() if not await _serve_again(engine, release)]
     restored.set()
+    while waiting:
+        await asyncio.sleep(RESTORE_SECONDS)
+        released = await run_in_threadpool(ledger.current_all)
+        waiting = [
+            name for name in waiting if name in released and not await _serve_again(engine, released[name])
+        ]
+
+
+async def _serve_again(engine: Engine, release: Release) -> bool:
+    """Whether that is settled: it serves, or can't. Otherwise its servers are away."""
+    name = release.customization
+    version = Version(
+        customization=name,
+        base_revision=release.base_revision,
+        base_digest=release.base_digest,
+        adapter_digest=release.adapter_digest,
+        max_new_tokens=release.max_new_tokens,
+        max_prompt_tokens=release.max_prompt_tokens,
+        engine=release.engine,
+    )
+    try:
+        await engine.stage(version, give_way=True)
+        engine.activate(name, release.adapter_digest)
+        log.info("%s: served by adapter %s again", name, release.adapter_digest)
+    except ApiError as error:
+        if name in engine.served or error.code == "overtaken":
+            return True  # a release came in between
+        if engine.unserved.get(name) != error.message:
+            log.error("%s is NOT SERVED: %s", name, error.message)
+        engine.unserved[name] = error.message
+        return error.code != "no_replica"
+    return True
 
 
 # -- one chat completion -----------------------------------------------------------------------------------
@@ -292,13 +325,12 @@ class _Call:
 
     async def _submit(self, version: Version, asked: ChatRequest) -> Generation:
         messages = version.conversation([message.plain() for message in asked.messages])
-        loaded = version.ready
         try:
-            prompt = await run_in_threadpool(loaded.encode, messages)
+            prompt = await run_in_threadpool(version.text.encode, messages)
         except jinja2.TemplateError as error:
             message = f"messages: the chat template of {version.base_revision} refuses them: {error}"
             raise ApiError(400, "invalid_messages", message, param="messages") from error
-        context = loaded.base.context_length
+        context = version.text.context_length
         limit = min(version.max_prompt_tokens or context, context - 1)
         if len(prompt) > limit:
             message = f"messages: {len(prompt)} tokens, {version.customization!r} takes at most {limit}"
@@ -573,4 +605,6 @@ def app_from_settings() -> FastAPI:
         request_seconds=settings.request_seconds,
         kv_bytes=settings.kv_cache_bytes,
         prefix_bytes=settings.prefix_cache_bytes,
+        engine_name=settings.engine,
+        vllm=VllmEngine(settings.vllm_urls, settings.vllm_api_key) if settings.vllm_urls else None,
     )

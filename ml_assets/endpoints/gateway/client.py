@@ -88,6 +88,7 @@ class GatewayClient:
             "adapter_digest",
             "max_new_tokens",
             "max_prompt_tokens",
+            "engine",
         )
         body = {name: getattr(release, name) for name in fields}
         return _probed(self._request("POST", "/admin/stage", body, LOAD_SECONDS).json())

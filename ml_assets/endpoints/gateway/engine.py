@@ -24,9 +24,11 @@ from ml_assets.artifacts import ArtifactError, ArtifactRef, ArtifactStore
 from ml_assets.endpoints.gateway.errors import ApiError
 from ml_assets.endpoints.gateway.live import KV_BYTES, PREFIX_BYTES, SHARE, Live
 from ml_assets.endpoints.gateway.text import Detokenizer, StopStrings
+from ml_assets.settings import EngineName
 from ml_assets.spec import template_columns
 
 if TYPE_CHECKING:
+    from ml_assets.endpoints.gateway.vllm import VllmEngine
     from ml_assets.engine.loading import Base
     from ml_assets.engine.prompting import ChatFormat
 
@@ -42,18 +44,27 @@ log = logging.getLogger("evergreen.gateway")
 
 
 @dataclass(eq=False)
-class LoadedBase:
-    """A base in memory. Only the computing thread touches `base`; `encode` is for any thread."""
+class BaseText:
+    """Conversations in the tokens of a base. `encode` is for any thread, `tokenizer` for the one that makes
+    text of the answers."""
 
     digest: str
-    base: "Base"
     chat: "ChatFormat"
+    tokenizer: Any
+    context_length: int
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def encode(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         """Token ids of a conversation. Raises jinja2.TemplateError when the template refuses it."""
         with self.lock:
             return self.chat.prompt_ids(messages)
+
+
+@dataclass(eq=False)
+class LoadedBase(BaseText):
+    """A base in memory. Only the computing thread touches `base`."""
+
+    base: "Base" = field(kw_only=True)
 
 
 @dataclass(eq=False)
@@ -66,7 +77,8 @@ class Version:
     adapter_digest: str
     max_new_tokens: int
     max_prompt_tokens: int | None
-    loaded: LoadedBase | None = None
+    engine: EngineName | None = None
+    loaded: BaseText | None = None
     system: str | None = None
     labels: dict[str, list[int]] = field(default_factory=dict)
     """Where it answers by scoring labels: those, with their tokens."""
@@ -76,20 +88,27 @@ class Version:
     retired: bool = False
 
     @property
-    def ready(self) -> LoadedBase:
+    def text(self) -> BaseText:
         assert self.loaded is not None, "a version is leased only once it is loaded"
         return self.loaded
 
     @property
+    def ready(self) -> LoadedBase:
+        assert isinstance(self.loaded, LoadedBase), "a version of this process is leased once it is loaded"
+        return self.loaded
+
+    @property
     def verified(self) -> bool:
-        """Whether what was measured last is the fingerprint: with the adapter, so it is this adapter that
-        answers, and without it, so it does so on its own base."""
+        """Whether what was measured last is the fingerprint."""
+        return self.fits(self.measured)
+
+    def fits(self, measured: Mapping[str, Sequence[float]]) -> bool:
+        """Whether it is the fingerprint: with the adapter, so it is this adapter that answers, and without
+        it, so it does so on its own base."""
         from ml_assets.adapters.fingerprint import matches
 
-        tolerance = self.fingerprint["tolerance"]
-        pairs = zip(self.fingerprint["probes"], self.measured["without"], strict=True)
-        bare = all(abs(probe["without"] - value) <= tolerance for probe, value in pairs)
-        return bare and matches(self.fingerprint, self.measured["with"])
+        bare = matches(self.fingerprint, measured["without"], "without")
+        return bare and matches(self.fingerprint, measured["with"])
 
     def describe(self) -> dict[str, Any]:
         return {
@@ -97,6 +116,7 @@ class Version:
             "base_revision": self.base_revision,
             "base_digest": self.base_digest,
             "adapter_digest": self.adapter_digest,
+            "engine": self.engine,
         }
 
     def conversation(self, messages: Sequence[Mapping[str, str]]) -> list[Mapping[str, str]]:
@@ -141,7 +161,7 @@ class Generation:
         self.cancelled = False
         self.finished = False
         self._engine = engine
-        tokenizer = version.ready.base.tokenizer
+        tokenizer = version.text.tokenizer
         self._text = Detokenizer(lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True)))
         self._stops = StopStrings(stops)
         self._tokens = 0
@@ -151,7 +171,7 @@ class Generation:
     async def __aiter__(self) -> AsyncIterator[Piece]:
         try:
             while True:
-                item = await self._queue.get()
+                item = await self._next()
                 if isinstance(item, BaseException):
                     raise item
                 yield item
@@ -159,6 +179,13 @@ class Generation:
                     return
         finally:
             self._engine.cancel(self)
+
+    async def _next(self) -> Piece | BaseException:
+        if self._queue.empty() and self.deadline < math.inf:
+            with contextlib.suppress(TimeoutError):
+                return await asyncio.wait_for(self._queue.get(), self.deadline - time.monotonic())
+            return self.too_late()
+        return await self._queue.get()
 
     # -- on the computing thread -----------------------------------------------------------------------
 
@@ -201,7 +228,8 @@ class Engine:
 
     `served` is what answers by customization, `staged` what was loaded and verified beside it, `unserved`
     why a customization of the ledger has no version (`loading`, or the error). Methods are safe to call from
-    any thread.
+    any thread. Versions whose engine is `vllm` are kept here, too, and computed by `vllm`; `default` is the
+    engine of those that name none.
     """
 
     def __init__(
@@ -209,12 +237,16 @@ class Engine:
         store: ArtifactStore,
         *,
         max_queue: int = 64,
+        vllm: "VllmEngine | None" = None,
+        default: EngineName = "in_process",
         request_seconds: float = REQUEST_SECONDS,
         kv_bytes: int = KV_BYTES,
         prefix_bytes: int = PREFIX_BYTES,
     ):
         self.store = store
         self.max_queue = max_queue
+        self.vllm = vllm
+        self.default: EngineName = default
         self.request_seconds = request_seconds
         self.kv_bytes, self.prefix_bytes = kv_bytes, prefix_bytes
         self.served: dict[str, Version] = {}
@@ -230,6 +262,7 @@ class Engine:
         self._pace = _Pace()
         self._closed = False
         self._loader = ThreadPoolExecutor(1, thread_name_prefix="load")
+        self._vllm_loader = ThreadPoolExecutor(1, thread_name_prefix="load-vllm")
         self._thread = threading.Thread(target=self._work, name="compute", daemon=True)
 
     def start(self) -> None:
@@ -240,18 +273,21 @@ class Engine:
         with self._changed:
             self._closed = True
             self._changed.notify_all()
-        self._loader.shutdown(wait=False, cancel_futures=True)
+        for loader in (self._loader, self._vllm_loader):
+            loader.shutdown(wait=False, cancel_futures=True)
         self._thread.join(timeout=10)
 
     # -- versions --------------------------------------------------------------------------------------
 
-    async def stage(self, version: Version) -> Version:
+    async def stage(self, version: Version, *, give_way: bool = False) -> Version:
         """Load `version` beside what serves and verify its fingerprint; it does not serve yet.
 
-        Raises ApiError: the artifact is damaged (422), does not fit its base or its name (409), or does not
-        answer with its fingerprint (409). What serves is not touched.
+        Raises ApiError: the artifact is damaged (422), does not fit its base or its name (409), does not
+        answer with its fingerprint (409), no vLLM server of its base answers (503), or, with `give_way`,
+        another version of the customization is served or staged already (409). What serves is not touched.
         """
-        return await asyncio.wrap_future(self._loader.submit(self._stage, version))
+        version.engine = version.engine or self.default
+        return await asyncio.wrap_future(self._loader_of(version).submit(self._stage, version, give_way))
 
     def activate(self, customization: str, adapter_digest: str | None) -> Version | None:
         """From now on the staged version answers new requests; with None, nothing does.
@@ -282,7 +318,7 @@ class Engine:
     async def probe(self, customization: str) -> Version:
         """Measure the fingerprint of what serves now; returns that version with the new measurements."""
         with self.lease(customization) as version:
-            await asyncio.wrap_future(self._loader.submit(self._measure, version))
+            await asyncio.wrap_future(self._loader_of(version).submit(self._measure, version))
             return version
 
     @contextlib.contextmanager
@@ -331,11 +367,15 @@ class Engine:
         """Queue a request on a leased version. `prompt` and new tokens must fit the base's context. After
         `seconds`, or the engine's own limit if that is less, it fails with ApiError 504.
 
-        Raises ApiError 429 when too many requests of this version wait already.
+        Raises ApiError 429 when too many requests of this version wait already, 503 when no vLLM server
+        has it.
         """
         limit = self.request_seconds if seconds is None else min(seconds, self.request_seconds)
         deadline = time.monotonic() + limit
         request = Generation(self, version, prompt, max_new_tokens, temperature, top_p, seed, stops, deadline)
+        if version.engine == "vllm":
+            self._remote().submit(request, self.max_queue)
+            return request
         with self._changed:
             waiting = self._waiting.setdefault(version, deque())
             if len(waiting) >= self.max_queue:
@@ -349,6 +389,9 @@ class Engine:
 
     def cancel(self, request: Generation) -> None:
         """Stop a request; nothing happens when it is done."""
+        if request.version.engine == "vllm":
+            self._remote().cancel(request)
+            return
         with self._changed:
             request.cancelled = True
             with contextlib.suppress(KeyError, ValueError):
@@ -360,12 +403,37 @@ class Engine:
             lengths = dict.fromkeys(self.served, 0)
             for version, waiting in self._waiting.items():
                 lengths[version.customization] = lengths.get(version.customization, 0) + len(waiting)
+            for version, n in (self.vllm.waiting() if self.vllm else {}).items():
+                lengths[version.customization] = lengths.get(version.customization, 0) + n
             return lengths
+
+    def answering(self) -> tuple[dict[str, Version], dict[str, str]]:
+        """(what can answer now, why the other customizations of the ledger can't)."""
+        with self._changed:
+            served, unserved = dict(self.served), dict(self.unserved)
+        for name, version in list(served.items()):
+            if version.engine == "vllm" and (problem := self._remote().problem(version)):
+                unserved[name] = problem
+                del served[name]
+        return served, unserved
 
     # -- the loading thread ----------------------------------------------------------------------------
 
-    def _stage(self, version: Version) -> Version:
-        self.discard(version.customization)
+    def _loader_of(self, version: Version) -> ThreadPoolExecutor:
+        """vLLM has its own: a server that is slow to answer must not hold up what is loaded here."""
+        return self._vllm_loader if version.engine == "vllm" else self._loader
+
+    def _remote(self) -> "VllmEngine":
+        if self.vllm is None:
+            message = "its engine is vllm, and this gateway knows no server: set EVERGREEN_VLLM_URLS"
+            raise ApiError(409, "no_vllm", message)
+        return self.vllm
+
+    def _stage(self, version: Version, give_way: bool = False) -> Version:
+        name = version.customization
+        if give_way and (name in self.served or name in self.staged):
+            raise ApiError(409, "overtaken", f"{name}: another version is served or staged")
+        self.discard(name)
         with self._changed:
             self._alive.add(version)
         try:
@@ -403,6 +471,14 @@ class Engine:
         version.fingerprint = _checked_fingerprint(manifest, adapter)
         system = (manifest.get("prompt") or {}).get("system")
         version.system = system if system and not template_columns(system) else None
+        if version.engine == "vllm":
+            if manifest.get("answer_by") == "label_scores":
+                message = (
+                    f"adapter {version.adapter_digest[:12]} answers by label scores, which vllm does not; "
+                )
+                raise ApiError(409, "incompatible_adapter", f"{message}use endpoint.engine in_process")
+            self._remote().load(version, adapter, base)
+            return
         version.loaded = loaded = self._loaded_base(version.base_digest, base)
         if manifest.get("answer_by") == "label_scores":
             version.labels = {label: loaded.chat.target_ids(label) for label in manifest["labels"]}
@@ -427,13 +503,16 @@ class Engine:
         base = load_base(directory)
         # a tokenizer of its own for requests, so that a long prompt does not hold up the computing thread
         chat = ChatFormat(copy.deepcopy(base.tokenizer), base.manifest.get("eos_token_ids", ()))
-        loaded = LoadedBase(digest, base, chat)
+        loaded = LoadedBase(digest, chat, base.tokenizer, base.context_length, base=base)
         with self._changed:
             self._bases[digest] = loaded
         return loaded
 
     def _measure(self, version: Version) -> None:
         """Measure the fingerprint probe by probe, so that answers under way go on in between."""
+        if version.engine == "vllm":
+            version.measured = self._remote().measure(version)
+            return
         from ml_assets.adapters.fingerprint import measure
 
         base, name = version.ready.base, version.adapter_digest
@@ -506,8 +585,14 @@ class Engine:
             base.insert(version.adapter_digest, read)
 
     def _detach(self, version: Version) -> None:
+        if version.engine == "vllm":
+            with self._changed:
+                self._waiting.pop(version, None)
+            if self.vllm is not None:
+                self.vllm.unload(version)
+            return
         loaded = version.loaded
-        if loaded is None:
+        if not isinstance(loaded, LoadedBase):
             return
         with self._changed:
             self._waiting.pop(version, None)

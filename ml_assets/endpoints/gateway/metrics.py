@@ -56,6 +56,12 @@ class Metrics:
             ["customization", "adapter", "base"],
             registry=self.registry,
         )
+        self.replicas = Gauge(
+            "evergreen_vllm_replicas",
+            "vLLM servers that answer for a customization: loaded and verified",
+            ["customization"],
+            registry=self.registry,
+        )
 
     def text(self) -> bytes:
         return generate_latest(self.registry)

@@ -8,6 +8,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
+from ml_assets.settings import EngineName
+
 MAX_MESSAGES = 1000
 MAX_STOPS = 4
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -132,6 +134,7 @@ class StageRequest(Body):
     adapter_digest: Digest
     max_new_tokens: int = Field(default=256, ge=1)
     max_prompt_tokens: int | None = Field(default=None, ge=1)
+    engine: EngineName | None = None
 
 
 class ActivateRequest(Body):
