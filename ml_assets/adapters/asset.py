@@ -27,6 +27,8 @@ def build_adapter_asset(spec: CustomizationSpec) -> dg.AssetsDefinition:
     """The adapter asset of one customization: partitioned by base revision, trained once per input key."""
     key = dg.AssetKey([spec.name, "adapter"])
 
+    how = "" if spec.evaluation.answer_by == "generation" else f"-{spec.evaluation.answer_by}"
+
     @dg.asset(
         key=key,
         ins={
@@ -42,7 +44,7 @@ def build_adapter_asset(spec: CustomizationSpec) -> dg.AssetsDefinition:
         owners=spec.owners,
         kinds={"pytorch", "huggingface"},
         tags={"customization": spec.name},
-        code_version=spec.version(CODE_VERSION, "adapter", "prompt"),
+        code_version=spec.version(f"{CODE_VERSION}{how}", "adapter", "prompt"),
         pool="device",
         dagster_type=ARTIFACT_REF,
         check_specs=check_specs(key),
