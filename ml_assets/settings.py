@@ -9,6 +9,9 @@
 | `EVERGREEN_GATEWAY_PORT` | `8000` | OpenAI-compatible endpoint |
 | `EVERGREEN_ARTIFACTS_URL` | `<home>/artifacts` | fsspec URL of the artifact store |
 | `EVERGREEN_LEDGER_URL` | `sqlite:///<home>/ledger.db` | SQLAlchemy URL of the ledger and the API keys |
+| `EVERGREEN_REQUEST_SECONDS` | `300` | time that a request to the gateway may take, waiting included |
+| `EVERGREEN_KV_CACHE_MB` | `2048` | keys and values of the requests under way on one base, in the gateway |
+| `EVERGREEN_PREFIX_CACHE_MB` | `512` | those of system prompts and other beginnings kept for later requests |
 | `EVERGREEN_MLFLOW_URI` | `sqlite:///<home>/mlflow/mlflow.db` | MLflow tracking and registry store |
 | `EVERGREEN_ENGINE` | `in_process` | what answers for endpoints that name no engine: `in_process` or `vllm` |
 | `EVERGREEN_VLLM_URLS` | | vLLM servers, separated by commas: each replica's own URL |
@@ -38,11 +41,14 @@ class Settings:
     engine: EngineName
     vllm_urls: tuple[str, ...]
     vllm_api_key: str | None = field(repr=False)
+    request_seconds: int
+    kv_cache_bytes: int
+    prefix_cache_bytes: int
 
     @classmethod
     def from_env(cls) -> "Settings":
         """Read the environment. Raises ValueError that names the variable and what was expected: a port from
-        1 to 65535, an engine that exists (vllm only with URLs), URLs that are http or https."""
+        1 to 65535, a limit from 1, an engine that exists (vllm only with URLs), URLs that are http or https."""
         home = Path(os.environ.get("EVERGREEN_HOME", ".evergreen")).expanduser().resolve()
         return cls(
             home=home,
@@ -56,6 +62,9 @@ class Settings:
             engine=_engine(),
             vllm_urls=_vllm_urls(),
             vllm_api_key=os.environ.get("EVERGREEN_VLLM_API_KEY") or None,
+            request_seconds=_limit("EVERGREEN_REQUEST_SECONDS", 300),
+            kv_cache_bytes=_limit("EVERGREEN_KV_CACHE_MB", 2048) * 2**20,
+            prefix_cache_bytes=_limit("EVERGREEN_PREFIX_CACHE_MB", 512) * 2**20,
         )
 
     @property
@@ -106,6 +115,13 @@ class Settings:
     @property
     def gateway_url(self) -> str:
         return f"http://{self.host}:{self.gateway_port}"
+
+
+def _limit(variable: str, default: int) -> int:
+    text = os.environ.get(variable, str(default))
+    if not text.isdigit() or int(text) < 1:
+        raise ValueError(f"{variable}={text!r}: expected a whole number from 1")
+    return int(text)
 
 
 def _port(variable: str, default: int) -> int:

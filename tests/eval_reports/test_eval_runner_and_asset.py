@@ -9,6 +9,7 @@ import pytest
 import torch
 from tiny_models import tiny_model
 
+from ml_assets.adapters.recipe import MAX_LABELS, answer_labels
 from ml_assets.adapters.train import open_inputs, train_adapter
 from ml_assets.artifacts import ArtifactRef, ArtifactStore, sha256_bytes
 from ml_assets.base_models.partitions import BASE_MODELS
@@ -184,6 +185,43 @@ def test_retrained_adapter_does_not_repeat_the_base_arms(
     assert asked == [48], "only the new adapter has to answer"
     assert built.decision["reference"] == "champion"
     assert set(built.summary["arms"]) == {"zero_shot", "few_shot", "adapter", "champion"}
+
+
+def test_answers_by_label_scores(inputs: Inputs) -> None:
+    spec = specification(answer_by="label_scores")
+    found = train_adapter(
+        open_inputs(spec, inputs.store, inputs.bases[0], inputs.dataset), inputs.store, inputs.home
+    )
+    manifest = json.loads((inputs.store.open(found.ref) / "manifest.json").read_bytes())
+    assert (manifest["answer_by"], manifest["labels"]) == ("label_scores", ["off", "on"])
+    generating = inputs.adapter()
+    assert found.ref != generating, "how it answers is part of an adapter"
+
+    built = report(inputs, found.ref, Champion(generating, None), answer_by="label_scores")
+    lines = [json.loads(line) for line in (built.directory / "rows.jsonl").read_text().splitlines()]
+    for arm in ("zero_shot", "few_shot", "adapter"):
+        answers = [line for line in lines if line["arm"] == arm]
+        assert {line["answer"] for line in answers} <= {"off", "on"}
+        assert all(line["finished"] for line in answers)
+    # the champion answers as it does at the endpoint: it was trained and released to generate
+    generated = [line for line in lines if line["arm"] == "champion"]
+    plain = report(inputs, generating)
+    before = [json.loads(line) for line in (plain.directory / "rows.jsonl").read_text().splitlines()]
+    assert [line["answer"] for line in generated] == [
+        line["answer"] for line in before if line["arm"] == "adapter"
+    ]
+    # and the labels of one that was released to choose are those it was trained with
+    chosen = report(inputs, generating, Champion(found.ref, None))
+    lines = [json.loads(line) for line in (chosen.directory / "rows.jsonl").read_text().splitlines()]
+    assert {line["answer"] for line in lines if line["arm"] == "champion"} <= {"off", "on"}
+
+
+def test_too_many_labels_are_told(inputs: Inputs) -> None:
+    spec = specification(answer_by="label_scores")
+    many = [{"label": f"label {i}"} for i in range(MAX_LABELS + 1)]
+    assert len(answer_labels(spec, many[1:])) == MAX_LABELS
+    with pytest.raises(ValueError, match=f"at most {MAX_LABELS} different answers .* found {MAX_LABELS + 1}"):
+        answer_labels(spec, many)
 
 
 @pytest.mark.slow

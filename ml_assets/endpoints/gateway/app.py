@@ -604,4 +604,7 @@ def app_from_settings() -> FastAPI:
         ArtifactStore(settings.artifacts_url, Path(settings.artifact_cache)),
         engine_name=settings.engine,
         vllm=VllmEngine(settings.vllm_urls, settings.vllm_api_key) if settings.vllm_urls else None,
+        request_seconds=settings.request_seconds,
+        kv_bytes=settings.kv_cache_bytes,
+        prefix_bytes=settings.prefix_cache_bytes,
     )
