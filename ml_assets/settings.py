@@ -48,7 +48,7 @@ class Settings:
     @classmethod
     def from_env(cls) -> "Settings":
         """Read the environment. Raises ValueError that names the variable and what was expected: a port from
-        1 to 65535, a limit from 1, an engine that exists (vllm only with URLs), URLs that are http or https."""
+        1 to 65535, a limit from 1, an engine that exists (vllm only with URLs), URLs that are http(s)."""
         home = Path(os.environ.get("EVERGREEN_HOME", ".evergreen")).expanduser().resolve()
         return cls(
             home=home,

@@ -523,6 +523,10 @@ class CustomizationSpec(Block):
                 f"expected lora or auto: {where} is vllm, which serves exact LoRA only; or serve it with "
                 "endpoint.engine: in_process",
             )
+        if self.evaluation.answer_by == "label_scores" and self.engine() == "vllm":
+            raise _wrong(
+                "evaluation.answer_by", "expected generation: the engine vllm does not answer by label scores"
+            )
         return self
 
     def engine(self) -> str:
