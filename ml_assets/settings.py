@@ -38,17 +38,18 @@ class Settings:
     artifacts_url: str
     ledger_url: str
     mlflow_uri: str
-    engine: EngineName
-    vllm_urls: tuple[str, ...]
-    vllm_api_key: str | None = field(repr=False)
     request_seconds: int
     kv_cache_bytes: int
     prefix_cache_bytes: int
+    engine: EngineName
+    vllm_urls: tuple[str, ...]
+    vllm_api_key: str | None = field(repr=False)
 
     @classmethod
     def from_env(cls) -> "Settings":
         """Read the environment. Raises ValueError that names the variable and what was expected: a port from
-        1 to 65535, a limit from 1, an engine that exists (vllm only with URLs), URLs that are http(s)."""
+        1 to 65535, a limit from 1, an engine that exists (vllm only with URLs), URLs that are http or
+        https."""
         home = Path(os.environ.get("EVERGREEN_HOME", ".evergreen")).expanduser().resolve()
         return cls(
             home=home,
@@ -59,12 +60,12 @@ class Settings:
             artifacts_url=os.environ.get("EVERGREEN_ARTIFACTS_URL", str(home / "artifacts")),
             ledger_url=os.environ.get("EVERGREEN_LEDGER_URL", f"sqlite:///{home / 'ledger.db'}"),
             mlflow_uri=os.environ.get("EVERGREEN_MLFLOW_URI", f"sqlite:///{home / 'mlflow' / 'mlflow.db'}"),
-            engine=_engine(),
-            vllm_urls=_vllm_urls(),
-            vllm_api_key=os.environ.get("EVERGREEN_VLLM_API_KEY") or None,
             request_seconds=_limit("EVERGREEN_REQUEST_SECONDS", 300),
             kv_cache_bytes=_limit("EVERGREEN_KV_CACHE_MB", 2048) * 2**20,
             prefix_cache_bytes=_limit("EVERGREEN_PREFIX_CACHE_MB", 512) * 2**20,
+            engine=_engine(),
+            vllm_urls=_vllm_urls(),
+            vllm_api_key=os.environ.get("EVERGREEN_VLLM_API_KEY") or None,
         )
 
     @property

@@ -525,7 +525,9 @@ class CustomizationSpec(Block):
             )
         if self.evaluation.answer_by == "label_scores" and self.engine() == "vllm":
             raise _wrong(
-                "evaluation.answer_by", "expected generation: the engine vllm does not answer by label scores"
+                "evaluation.answer_by",
+                "expected generation: the endpoint's engine is vllm, which does not score labels; or serve it "
+                "with endpoint.engine: in_process",
             )
         return self
 

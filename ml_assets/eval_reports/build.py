@@ -201,7 +201,7 @@ def _evaluate(
         examples = fitting_examples(base, spec.prompt, [*rows, *must_pass], examples, tokens)
         if examples:
             arms.append(Arm("few_shot", examples=examples))
-    arms.append(Arm("adapter", "adapter", adapter.digest))
+    arms.append(Arm("adapter", "adapter", adapter.digest, labels=_labels(base.adapters["adapter"])))
     lines, seconds = run(base, arms)
     forgotten = forgetting(base, "adapter")
     revision = base.manifest["revision"]
@@ -217,9 +217,7 @@ def _evaluate(
         asked = served.get("prompt") or None  # what it was trained on, if today's rows still have it
         if asked and not all(c in columns for c in _columns(asked)):
             asked = None
-        # the champion answers as it does at the endpoint, whatever the YAML says now
-        labels = served.get("labels") or [] if served.get("answer_by") == "label_scores" else []
-        arm = Arm("champion", "champion", champion.adapter.digest, labels=labels)
+        arm = Arm("champion", "champion", champion.adapter.digest, labels=_labels(served))
         more, more_seconds = run(base, [arm], asked)
         lines, seconds = lines + more, seconds | more_seconds
 
@@ -251,6 +249,11 @@ def _evaluate(
         "computed_with": compute,
     }
     return lines, decision, seconds, about
+
+
+def _labels(manifest: Mapping[str, Any]) -> list[str]:
+    """What an adapter chooses its answers from: here as at the endpoint, whatever the YAML says now."""
+    return manifest["labels"] if manifest.get("answer_by") == "label_scores" else []
 
 
 def _columns(prompt: Mapping[str, Any]) -> list[str]:

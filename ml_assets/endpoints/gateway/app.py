@@ -602,9 +602,9 @@ def app_from_settings() -> FastAPI:
     return create_app(
         ledger,
         ArtifactStore(settings.artifacts_url, Path(settings.artifact_cache)),
-        engine_name=settings.engine,
-        vllm=VllmEngine(settings.vllm_urls, settings.vllm_api_key) if settings.vllm_urls else None,
         request_seconds=settings.request_seconds,
         kv_bytes=settings.kv_cache_bytes,
         prefix_bytes=settings.prefix_cache_bytes,
+        engine_name=settings.engine,
+        vllm=VllmEngine(settings.vllm_urls, settings.vllm_api_key) if settings.vllm_urls else None,
     )

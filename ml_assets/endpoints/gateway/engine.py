@@ -173,7 +173,7 @@ class Generation:
     async def __aiter__(self) -> AsyncIterator[Piece]:
         try:
             while True:
-                item = await self._queue.get()
+                item = await self._next()
                 if isinstance(item, BaseException):
                     raise item
                 yield item
@@ -181,6 +181,13 @@ class Generation:
                     return
         finally:
             self._engine.cancel(self)
+
+    async def _next(self) -> Piece | BaseException:
+        if self._queue.empty() and self.deadline < math.inf:
+            with contextlib.suppress(TimeoutError):
+                return await asyncio.wait_for(self._queue.get(), self.deadline - time.monotonic())
+            return self.too_late()
+        return await self._queue.get()
 
     # -- on the computing thread -----------------------------------------------------------------------
 
