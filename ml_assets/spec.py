@@ -526,8 +526,8 @@ class CustomizationSpec(Block):
         if self.evaluation.answer_by == "label_scores" and self.engine() == "vllm":
             raise _wrong(
                 "evaluation.answer_by",
-                "expected generation: the endpoint's engine is vllm, which does not score labels; or serve it "
-                "with endpoint.engine: in_process",
+                "expected generation: the endpoint's engine is vllm, which does not score labels; or serve "
+                "it with endpoint.engine: in_process",
             )
         return self
 
