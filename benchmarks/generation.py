@@ -32,6 +32,7 @@ from benchmarks.common import (
     say,
     start,
     table,
+    vllm_environment,
 )
 from benchmarks.tasks import tasks
 from benchmarks.training import RECIPE
@@ -111,11 +112,7 @@ class Run:
         for name, (module, peer, arguments) in loads.items():
             try:
                 python = peer_python(self.options.peers, peer) if peer else None
-                extra = {
-                    "VLLM_CPU_KVCACHE_SPACE": "1",
-                    "VLLM_LOGGING_LEVEL": "ERROR",
-                    "VLLM_NO_USAGE_STATS": "1",
-                }
+                extra = vllm_environment() if peer == "vllm" else {}
                 short = "".join(c if c.isalnum() else "-" for c in name)
                 self.workers[name] = Worker(f"generation-{short}", module, self.options, python, **extra)
                 self.workers[name].ask("load", **arguments)

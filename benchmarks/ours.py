@@ -1,6 +1,5 @@
 """Worker: this project's engine, through the functions that its assets use."""
 
-import inspect
 import json
 import shutil
 from collections.abc import Sequence
@@ -85,20 +84,18 @@ def train(
 
     `cache` keeps the prompts' keys and values of `activated_lora` between trainings.
     """
-    extra: Answer = {}
-    if kind != "lora":
-        if "kind" not in AdapterRecipe.model_fields:
-            raise NotImplementedError("not there yet")
-        recipe = {**recipe, "kind": kind}
-        if "prompt_cache" in inspect.signature(train_lora).parameters and cache is not None:
-            extra["prompt_cache"] = Path(cache)
     base = loaded()
-    whole = AdapterRecipe(**recipe)
+    whole = AdapterRecipe(**recipe, kind=kind)  # type: ignore[arg-type]
     shutil.rmtree(output, ignore_errors=True)
     answer: Answer = {}
     with timed(answer):
         result = train_lora(
-            base, as_examples(examples), whole, resolve_targets(whole, base.manifest), Path(output), **extra
+            base,
+            as_examples(examples),
+            whole,
+            resolve_targets(whole, base.manifest),
+            Path(output),
+            prompt_cache=Path(cache) if cache else None,
         )
     from safetensors import safe_open
 
@@ -167,24 +164,19 @@ def generate(prompts: list[list[int]], new_tokens: int) -> Answer:
 
 def mixed(prompts: list[list[int]], new_tokens: int, adapters: list[str]) -> Answer:
     """Greedy answers, each prompt under the attached adapter that `adapters` names for it."""
-    base = loaded()
-    if not hasattr(base, "active_rows"):
-        raise NotImplementedError("not there yet")
     answer: Answer = {}
-    with timed(answer), base.active_rows(adapters):  # type: ignore[attr-defined]
-        found = generation.generate(base, prompts, new_tokens)
+    with timed(answer):
+        found = generation.generate(loaded(), prompts, new_tokens, adapters=adapters)
     return answer | {"tokens": [one.token_ids for one in found]}
 
 
 def choose(task: str, prompts: list[list[int]]) -> Answer:
     """The most probable label of a classification task for each prompt: `chosen` are their numbers."""
-    if not hasattr(scoring, "choose_label"):
-        raise NotImplementedError("not there yet")
     base = loaded()
     labels = [base.chat.target_ids(label) for label in tasks()[task].labels]
     answer: Answer = {}
     with timed(answer), base.active(None):
-        chosen = scoring.choose_label(base, prompts, labels)  # type: ignore[attr-defined]
+        chosen = scoring.choose_labels(base, prompts, labels)
     return answer | {"chosen": list(map(int, chosen))}
 
 

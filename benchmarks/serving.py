@@ -42,6 +42,7 @@ from benchmarks.common import (
     say,
     start,
     table,
+    vllm_environment,
 )
 from benchmarks.deployment import Server, deployment_environment, free_ports, gateway, prepare_home
 from benchmarks.tasks import tasks
@@ -187,9 +188,8 @@ class Run:
             *("--enable-lora", "--max-loras", str(ADAPTERS), "--max-lora-rank", "16"),
             *("--lora-modules", *modules),
         ]
-        extra = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
         url = f"http://127.0.0.1:{port}"
-        server = Server(command, f"{url}/health", self._log("vllm"), extra)
+        server = Server(command, f"{url}/health", self._log("vllm"), vllm_environment())
         return Target(server, url, [f"adapter_{i}" for i in range(ADAPTERS)])
 
     def _llama(self) -> Target:

@@ -26,8 +26,6 @@ def serve(handlers: Mapping[str, Handler]) -> None:
         request = json.loads(line)
         try:
             answer = handlers[request.pop("op")](**request)
-        except NotImplementedError as error:
-            answer = {"error": str(error)}
         except Exception as error:
             traceback.print_exc()
             answer = {"error": f"{type(error).__name__}: {error}"[:2000]}

@@ -65,6 +65,12 @@ def prepare_process() -> None:
         libc.mallopt(m_top_pad, 2**26)
 
 
+def use_threads(count: int) -> None:
+    """Compute with this many threads from now on."""
+    if torch.get_num_threads() != count:
+        torch.set_num_threads(count)
+
+
 @contextlib.contextmanager
 def computing(home: Path) -> Iterator[None]:
     """Inside, this process computes with all of its threads, and others can see it: see `neighbours`."""

@@ -24,7 +24,7 @@ from ml_assets.artifacts import ArtifactError, ArtifactRef, ArtifactStore
 from ml_assets.endpoints.gateway.errors import ApiError
 from ml_assets.endpoints.gateway.live import KV_BYTES, PREFIX_BYTES, SHARE, Live
 from ml_assets.endpoints.gateway.text import Detokenizer, StopStrings
-from ml_assets.settings import EngineName
+from ml_assets.settings import EngineName, Settings
 from ml_assets.spec import template_columns
 
 if TYPE_CHECKING:
@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from ml_assets.engine.loading import Base
     from ml_assets.engine.prompting import ChatFormat
 
+LOOK_SECONDS = 0.25
+"""Between two looks at whether a training or an evaluation computes: beside it, one thread is used."""
 REQUEST_SECONDS = 300.0
 """Time that a request may take, waiting included."""
 LABEL_ROWS = 32
@@ -563,12 +565,16 @@ class Engine:
         from ml_assets.engine import hardware
 
         hardware.prepare_process()
+        home, threads, looked = Settings.from_env().home, hardware.threads(), 0.0
         while True:
             with self._changed:
                 while not (self._closed or self._jobs or any(self._waiting.values()) or self._live):
                     self._changed.wait()
                 jobs, self._jobs = self._jobs, deque()
                 closed = self._closed
+            if time.monotonic() - looked >= LOOK_SECONDS:
+                looked = time.monotonic()
+                hardware.use_threads(1 if hardware.neighbours(home) else threads)
             self._expire()
             for job in jobs:
                 job()

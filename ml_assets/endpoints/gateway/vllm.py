@@ -15,6 +15,7 @@ import copy
 import itertools
 import json
 import logging
+import math
 import threading
 import time
 from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
@@ -576,33 +577,40 @@ class VllmEngine:
     async def _answer(self, request: Generation) -> None:
         """Have one replica after another try until one has answered. A replica that is lost after its first
         token has said something that another would not go on with."""
-        name, tried = adapter_name(request.version), set[Replica]()
         try:
-            while True:
-                replica = self._choose(name, tried)
-                if replica is None:
-                    problem = self.problem(request.version) or "every server that has it failed"
-                    raise _unavailable(request.version, problem)
-                tried.add(replica)
-                try:
-                    await self._attempt(replica, name, request)
-                    return
-                except AdapterMissing:
-                    self._missing(replica, {name})
-                    replica.wake.set()
-                except ReplicaLost as error:
-                    if request.finished:
-                        return
-                    replica.wake.set()
-                    if self._work[request].tokens:
-                        message = "the server was lost while it answered; ask again"
-                        raise ApiError(502, "replica_lost", message) from error
-                    log.warning("%s: %s; trying another", name, error)
+            # the event loop's clock is time.monotonic
+            async with asyncio.timeout_at(request.deadline if math.isfinite(request.deadline) else None):
+                await self._try_replicas(request)
+        except TimeoutError:
+            request.fail(request.too_late())
         except ApiError as error:
             request.fail(error)
         except Exception as error:
-            log.error("%s: a request failed: %s", name, error)
+            log.error("%s: a request failed: %s", adapter_name(request.version), error)
             request.fail(ApiError(500, "engine_error", "the model failed on this request"))
+
+    async def _try_replicas(self, request: Generation) -> None:
+        name, tried = adapter_name(request.version), set[Replica]()
+        while True:
+            replica = self._choose(name, tried)
+            if replica is None:
+                problem = self.problem(request.version) or "every server that has it failed"
+                raise _unavailable(request.version, problem)
+            tried.add(replica)
+            try:
+                await self._attempt(replica, name, request)
+                return
+            except AdapterMissing:
+                self._missing(replica, {name})
+                replica.wake.set()
+            except ReplicaLost as error:
+                if request.finished:
+                    return
+                replica.wake.set()
+                if self._work[request].tokens:
+                    message = "the server was lost while it answered; ask again"
+                    raise ApiError(502, "replica_lost", message) from error
+                log.warning("%s: %s; trying another", name, error)
 
     def _choose(self, name: str, tried: set[Replica]) -> Replica | None:
         """The least busy replica; of several, the one that was not used for the longest."""
