@@ -10,6 +10,7 @@ activated LoRA: Greenewald et al. 2025, arXiv 2504.12397. Adapters of several ro
 import contextlib
 import math
 import re
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -95,15 +96,24 @@ class Route:
     training: bool = False
 
 
+NO_ROUTE = Route()
+
+
 @dataclass
 class LoraLayers:
-    """The adapters on one model. Not thread-safe: one thread computes with a model."""
+    """The adapters on one model. Each thread has a route of its own; adapters come and go while no other
+    thread computes."""
 
     model: nn.Module
     adapters: dict[str, Adapter] = field(default_factory=dict)
-    route: Route = field(default_factory=Route)
+    _routes: threading.local = field(default_factory=threading.local)
     _layers: dict[str, "_Layer"] = field(default_factory=dict)
     _sets: list[tuple[str, ...]] = field(default_factory=list)
+
+    @property
+    def route(self) -> Route:
+        """The adapters that this thread's forward passes use."""
+        return getattr(self._routes, "route", NO_ROUTE)
 
     def add(self, name: str, adapter: Adapter) -> None:
         if name in self.adapters:
@@ -128,11 +138,11 @@ class LoraLayers:
         unknown = sorted(set(route.names) - self.adapters.keys())
         if unknown:
             raise KeyError(f"no adapter named {unknown[0]!r} is attached; attached: {sorted(self.adapters)}")
-        before, self.route = self.route, route
+        before, self._routes.route = self.route, route
         try:
             yield
         finally:
-            self.route = before
+            self._routes.route = before
 
     def for_rows(
         self,

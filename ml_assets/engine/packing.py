@@ -10,7 +10,7 @@ Packing with block-diagonal attention: Krell et al. 2021, arXiv 2107.02027. Shar
 import contextlib
 import inspect
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -627,15 +627,28 @@ def hidden_states(model: Any, packing: Packing | Step) -> torch.Tensor:
 def logits_of(model: Any, hidden: torch.Tensor) -> torch.Tensor:
     """Logits (N, V) of hidden states (N, size): the model's own head and whatever it does behind it."""
     inner = body(model)
+    if not isinstance(inner.forward, _Body):
+        inner.forward = _Body(inner.forward)
     ids = torch.zeros(1, len(hidden), dtype=torch.long, device=hidden.device)
-    before = inner.__dict__.get("forward")
-    inner.forward = lambda *args, **kwargs: _BodyOutput(hidden[None])
+    _Body.known.hidden = hidden
     try:
         return model(input_ids=ids, use_cache=False).logits[0]
     finally:
-        del inner.forward
-        if before is not None:
-            inner.forward = before
+        _Body.known.hidden = None
+
+
+class _Body:
+    """A body's forward pass, but for a thread that has its hidden states already."""
+
+    known = threading.local()
+
+    def __init__(self, forward: Callable[..., Any]):
+        self.forward = forward
+        self.__signature__ = inspect.signature(forward)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        hidden = getattr(_Body.known, "hidden", None)
+        return self.forward(*args, **kwargs) if hidden is None else _BodyOutput(hidden[None])
 
 
 class _BodyOutput:

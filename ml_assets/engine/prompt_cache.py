@@ -12,6 +12,7 @@ import logging
 import math
 import os
 import tempfile
+import threading
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -60,6 +61,7 @@ class PromptCache:
         self._memory_bytes = memory_bytes
         self._entries: dict[str, list[torch.Tensor]] = {}
         self._used = 0
+        self._lock = threading.Lock()
         distinct = {_digest(prompt): prompt for prompt in prompts}
         self._prefix = list(prompts[0][: shared_prefix(list(distinct.values()))])
         needed = sum(self._layout.size(len(prompt)) for prompt in distinct.values())
@@ -74,16 +76,26 @@ class PromptCache:
 
     def past(self, prompts: Sequence[Sequence[int]]) -> Past:
         """Keys and values of these prompts, in their order."""
+        lengths = [len(prompt) for prompt in prompts]
         if not self.kept:
-            return self._layout.past(self._compute(prompts), [len(prompt) for prompt in prompts])
+            return self._layout.past(self._compute(prompts), lengths)
+        with self._lock:
+            return self._layout.past(self._find(prompts), lengths)
+
+    def fill(self, prompts: Sequence[Sequence[int]]) -> None:
+        """Compute those of these prompts that are not kept, so that `past` finds them."""
+        with self._lock:
+            self._find(prompts)
+
+    # -- inside ----------------------------------------------------------------------------------------
+
+    def _find(self, prompts: Sequence[Sequence[int]]) -> list[list[torch.Tensor]]:
         found: dict[str, list[torch.Tensor]] = {}
         names = [_digest(prompt) for prompt in prompts]
         for name in names:
             if name not in found:
                 found[name] = self._entries.get(name) or self._read(name) or self._fill(name)
-        return self._layout.past([found[name] for name in names], [len(prompt) for prompt in prompts])
-
-    # -- inside ----------------------------------------------------------------------------------------
+        return [found[name] for name in names]
 
     def _compute(self, prompts: Sequence[Sequence[int]]) -> list[list[torch.Tensor]]:
         model, prefix = self._base.model, self._prefix

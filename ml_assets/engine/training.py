@@ -9,7 +9,8 @@ import math
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -31,6 +32,10 @@ gradient checkpoints."""
 
 BUCKET = 16
 """Batches whose examples are sorted by length together: attention pads less, order stays random."""
+
+MAX_WORKERS = 4
+WORKER_TOKENS = 128
+"""A step has a worker for each so many of its tokens, as far as there are cores."""
 
 ADAPTER = "default"
 
@@ -108,10 +113,10 @@ def train_lora(
     _check_examples(examples, recipe.max_length or base.context_length)
     with lora_for_training(base, recipe, targets) as adapter:
         _check_invocation(examples, adapter.invocation or [])
-        weights = _FlatWeights(list(adapter.named_tensors().values()))
         heads = [example.prompt[: -len(adapter.invocation)] for example in examples if adapter.invocation]
         prompts = PromptCache(base, heads, prompt_cache) if heads else None
-        result = _run(base, examples, recipe, weights, prompts, checkpoints, checkpoint_seconds, on_progress)
+        with _Crew(base, adapter, recipe, prompts) as crew:
+            result = _run(base, examples, recipe, crew, checkpoints, checkpoint_seconds, on_progress)
         _save_adapter(base, adapter, targets, output)
     return result
 
@@ -175,11 +180,14 @@ def learning_rate(step: int, steps: int, recipe: AdapterRecipe) -> float:
     return recipe.learning_rate * (1 - done)
 
 
-def step_loss(base: Base, examples: Sequence[Example], prompts: PromptCache | None = None) -> float:
+def step_loss(
+    base: Base, examples: Sequence[Example], prompts: PromptCache | None = None, total: int | None = None
+) -> float:
     """Mean negative log-likelihood (nats) over the target tokens of one step's examples, taken in micro
     batches; its gradient is added to the parameters'. With `prompts`, the adapter is an activated one, and
-    what comes before its invocation is not computed again."""
-    total = sum(len(example.target) for example in examples)
+    what comes before its invocation is not computed again. `total` is the number of target tokens that the
+    loss is a mean of, when these examples are part of a step."""
+    total = total or sum(len(example.target) for example in examples)
     loss_sum = 0.0
     for rows in _micro_batches(examples, MICRO_BATCH_TOKENS):
         with _checkpointed(base, sum(map(len, rows)) > MICRO_BATCH_TOKENS):
@@ -209,14 +217,14 @@ def _run(
     base: Base,
     examples: Sequence[Example],
     recipe: AdapterRecipe,
-    weights: "_FlatWeights",
-    prompts: PromptCache | None,
+    crew: "_Crew",
     checkpoints: Path | None,
     checkpoint_seconds: float,
     on_progress: Callable[[Progress], None] | None,
 ) -> TrainResult:
     plan = plan_batches([len(example) for example in examples], recipe)
-    identity = _training_identity(base, examples, recipe)
+    identity = _training_identity(base, examples, recipe, crew.workers)
+    weights = crew.weights
     optimizer = torch.optim.AdamW(
         [weights.master], lr=recipe.learning_rate, weight_decay=recipe.weight_decay, fused=True
     )
@@ -237,7 +245,7 @@ def _run(
     for step in range(first, len(plan)):
         batch = [examples[i] for i in plan[step]]
         weights.clear_gradient()
-        loss = step_loss(base, batch, prompts)
+        loss = crew.step_loss(batch)
         gradient = weights.gradient()
         norm = float(gradient.norm())
         if not math.isfinite(loss) or not math.isfinite(norm):
@@ -287,40 +295,123 @@ def _run(
     return TrainResult(len(plan), tokens, losses, time.monotonic() - start, first)
 
 
+class _Crew:
+    """The workers of a training: threads that each compute a part of every step, with a copy of the adapter
+    and of its gradient. Products of this size gain little from a second thread; two workers with one thread
+    each take less time than one with two. Which example goes to which worker, and the order in which their
+    gradients are added, depend on the examples alone.
+    """
+
+    def __init__(self, base: Base, adapter: Adapter, recipe: AdapterRecipe, prompts: PromptCache | None):
+        self._base, self._prompts = base, prompts
+        self._threads = torch.get_num_threads()
+        self.workers = 1
+        # dropout draws from one generator
+        alone = base.dropout > 0 or (prompts is not None and not prompts.kept)
+        if base.device.type == "cpu" and base.packs and not alone:
+            self.workers = max(1, min(self._threads, MAX_WORKERS, recipe.batch_tokens // WORKER_TOKENS))
+        self._names = [ADAPTER, *(f"{ADAPTER} of worker {i}" for i in range(1, self.workers))]
+        replicas = [adapter]
+        for name in self._names[1:]:
+            copies = {
+                module: (a.detach().clone(), b.detach().clone()) for module, (a, b) in adapter.weights.items()
+            }
+            replicas.append(replace(adapter, weights=copies))
+            base.lora.add(name, replicas[-1])
+        self.weights = _FlatWeights([list(replica.named_tensors().values()) for replica in replicas])
+        self._own_threads = max(1, self._threads // self.workers)
+        self._pool = ThreadPoolExecutor(
+            self.workers, "train", initializer=torch.set_num_threads, initargs=(self._own_threads,)
+        )
+
+    def __enter__(self) -> "_Crew":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._pool.shutdown(cancel_futures=True)
+        for name in self._names[1:]:
+            self._base.lora.remove(name)
+
+    def step_loss(self, examples: Sequence[Example]) -> float:
+        """As `step_loss`, by all workers."""
+        if self.workers == 1:
+            return step_loss(self._base, examples, self._prompts)
+        if self._prompts is not None:
+            self._prompts.fill([example.prompt[: -len(self._invocation)] for example in examples])
+        total = sum(len(example.target) for example in examples)
+        torch.set_num_threads(self._own_threads)
+        try:
+            parts = _dealt(examples, self.workers)
+            work = [
+                self._pool.submit(self._part, *part, total) for part in zip(self._names, parts, strict=False)
+            ]
+            return sum(future.result() for future in work)
+        finally:
+            torch.set_num_threads(self._threads)
+
+    @property
+    def _invocation(self) -> list[int]:
+        return self._base.lora.adapters[ADAPTER].invocation or []
+
+    def _part(self, name: str, examples: Sequence[Example], total: int) -> float:
+        with self._base.lora.routed(Route((name,), training=True)):
+            return step_loss(self._base, examples, self._prompts, total)
+
+
+def _dealt(examples: Sequence[Example], hands: int) -> list[list[Example]]:
+    """Examples in so many parts of about as many tokens: the longest first, to the shortest part."""
+    parts: list[list[Example]] = [[] for _ in range(hands)]
+    tokens = [0] * hands
+    for example in sorted(examples, key=len, reverse=True):
+        least = tokens.index(min(tokens))
+        parts[least].append(example)
+        tokens[least] += len(example)
+    return [part for part in parts if part]
+
+
 class _FlatWeights:
     """All LoRA weights as one float32 vector for the optimizer; the model's parameters are views of it, or of
-    a copy in the model's own number format."""
+    a copy in the model's own number format, or of one of several copies."""
 
-    def __init__(self, parameters: list[torch.Tensor]):
-        flat = torch.cat([p.detach().reshape(-1) for p in parameters])
-        self._flat = flat
-        self._gradient = torch.zeros_like(flat)
-        offset = 0
-        for p in parameters:
-            view = slice(offset, offset + p.numel())
-            p.data = flat[view].view_as(p)
-            p.grad = self._gradient[view].view_as(p)
-            p.requires_grad_(True)
-            offset += p.numel()
-        self.master = flat if flat.dtype == torch.float32 else flat.float()
+    def __init__(self, replicas: list[list[torch.Tensor]]):
+        self._flats: list[torch.Tensor] = []
+        self._gradients: list[torch.Tensor] = []
+        for parameters in replicas:
+            flat = torch.cat([p.detach().reshape(-1) for p in parameters])
+            gradient = torch.zeros_like(flat)
+            offset = 0
+            for p in parameters:
+                view = slice(offset, offset + p.numel())
+                p.data = flat[view].view_as(p)
+                p.requires_grad_(True)
+                p.grad = gradient[view].view_as(p)
+                offset += p.numel()
+            self._flats.append(flat)
+            self._gradients.append(gradient)
+        first = self._flats[0]
+        self.master = first if first.dtype == torch.float32 else first.float()
         self.master.requires_grad_(True)
-        self.master.grad = self._gradient if self.master is flat else torch.zeros_like(self.master)
+        self.master.grad = self._gradients[0] if self.master is first else torch.zeros_like(self.master)
 
     def clear_gradient(self) -> None:
-        self._gradient.zero_()
+        for gradient in self._gradients:
+            gradient.zero_()
 
     def gradient(self) -> torch.Tensor:
         """The gradient in float32, as the optimizer will see it."""
         assert self.master.grad is not None
-        if self.master.grad is not self._gradient:
-            self.master.grad.copy_(self._gradient)
+        if self.master.grad is not self._gradients[0]:
+            self.master.grad.copy_(self._gradients[0])
+        for gradient in self._gradients[1:]:
+            self.master.grad.add_(gradient)
         return self.master.grad
 
     def publish(self) -> None:
         """Let the model see the optimizer's weights."""
-        if self.master is not self._flat:
-            with torch.no_grad():
-                self._flat.copy_(self.master)
+        with torch.no_grad():
+            for flat in self._flats:
+                if flat is not self.master:
+                    flat.copy_(self.master)
 
     def load(self, values: torch.Tensor) -> None:
         with torch.no_grad():
@@ -340,7 +431,7 @@ def _save_adapter(base: Base, adapter: Adapter, targets: Sequence[str], output: 
     (output / "adapter_config.json").write_bytes(canonical_json(config) + b"\n")
 
 
-def _training_identity(base: Base, examples: Sequence[Example], recipe: AdapterRecipe) -> str:
+def _training_identity(base: Base, examples: Sequence[Example], recipe: AdapterRecipe, workers: int) -> str:
     """Names what a checkpoint continues: another base, data or recipe starts afresh."""
     data = [[example.prompt, example.target] for example in examples]
     parts = {
@@ -348,6 +439,7 @@ def _training_identity(base: Base, examples: Sequence[Example], recipe: AdapterR
         "dtype": str(base.model.dtype),
         "recipe": recipe.model_dump(),
         "data": sha256_bytes(canonical_json(data)),
+        "workers": workers,
         "version": TRAINING_VERSION,
     }
     return sha256_bytes(canonical_json(parts))

@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import json
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -175,6 +176,33 @@ def test_kept_prompts_are_the_same_bytes_and_damage_is_noticed(tmp_path: Path) -
     values(PromptCache(base, other, folder, 0, int(1.5 * size)), other)
     assert sum(path.stat().st_size for path in folder.iterdir()) <= 1.5 * size
     assert not PromptCache(base, other, folder, 0, 10).kept
+
+
+@pytest.mark.parametrize("kind", ["lora", "activated_lora"])
+def test_workers_share_a_step(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = tiny_base("llama", tmp_path / "base")
+    rows = examples(base, 24)
+    threads = torch.get_num_threads()
+    results = {}
+    for cores in (1, 2, 3):
+        torch.set_num_threads(cores)
+        seen: set[int] = set()
+        embeddings = base.model.get_input_embeddings()
+        handle = embeddings.register_forward_pre_hook(lambda *_, seen=seen: seen.add(threading.get_ident()))
+        try:
+            out = tmp_path / str(cores)
+            plan = recipe(kind=kind, batch_tokens=400)
+            results[cores] = train_lora(base, rows, plan, targets(base), out, prompt_cache=tmp_path / "p")
+            train_lora(base, rows, plan, targets(base), tmp_path / f"{cores} again")
+            assert torch.get_num_threads() == cores
+        finally:
+            handle.remove()
+            torch.set_num_threads(threads)
+        files = [folder / "adapter_model.safetensors" for folder in (out, tmp_path / f"{cores} again")]
+        assert files[0].read_bytes() == files[1].read_bytes() and len(seen) >= cores
+        assert not base.lora.adapters
+    for cores in (2, 3):
+        assert results[cores].losses == pytest.approx(results[1].losses, abs=1e-4)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
