@@ -152,7 +152,7 @@ def test_the_fingerprint_tells_adapters_apart(evergreen_home: Path, store: Artif
     from ml_assets.engine.loading import load_base
 
     one = train_adapter(small_inputs(store), store, evergreen_home)
-    other = train_adapter(small_inputs(store, seed=5), store, evergreen_home)
+    other = train_adapter(small_inputs(store, seed=5, learning_rate=0.05), store, evergreen_home)
     base = load_base(small_inputs(store).base_directory)
     prints = {}
     for name, adapter in (("one", one), ("other", other)):

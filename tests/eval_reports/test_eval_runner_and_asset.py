@@ -48,7 +48,7 @@ def specification(**evaluation: Any) -> CustomizationSpec:
             "source": {"kind": "jsonl", "path": "rows.jsonl"},
             "prompt": {"user": "{text}", "target": "{label}"},
             "base_models": ["tiny"],
-            "adapter": {"rank": 8, "steps": 60, "batch_tokens": 512, "learning_rate": 0.01},
+            "adapter": {"rank": 16, "steps": 80, "batch_tokens": 512, "learning_rate": 0.01},
             "evaluation": {"task": "classification", "segments": ["label"], "few_shot": 2, **evaluation},
         }
     )
