@@ -42,9 +42,11 @@ def demo(settings: Settings) -> None:
         print(f"{minutes:02d}:{seconds:02d}  {text}", flush=True)
 
     show("starting Dagster, MLflow and the gateway")
-    supervisor.start(settings)
+    started = supervisor.start(settings)
     state = supervisor.read_state(settings)
     urls = state["urls"] if state else supervisor.urls(settings)
+    if not started:  # a customization may have been added or changed since
+        supervisor.reload(urls)
     tree = ComponentTree.for_project(supervisor.ROOT)
     customizations = [component.spec for component in tree.get_all_components(Customization)]
     with DagsterInstance.from_config(str(settings.dagster_home)) as instance:

@@ -48,6 +48,12 @@ LOCATION_ERROR = """
   locationOrLoadError{... on PythonError{message errorChain{error{message}}}}
 }}}}
 """
+RELOAD = """
+mutation{reloadRepositoryLocation(repositoryLocationName:"evergreen"){
+  __typename ... on UnauthorizedError{message} ... on ReloadNotSupported{message}
+  ... on RepositoryLocationNotFound{message}
+}}
+"""
 DAEMON_HEALTH = "{instance{daemonHealth{allDaemonStatuses{daemonType required healthy}}}}"
 
 logger = logging.getLogger("supervisor")
@@ -402,6 +408,17 @@ def load_error(addresses: dict[str, str]) -> str | None:
             chain = [error["message"], *(link["error"]["message"] for link in error["errorChain"])]
             return chain[-1].strip()
     return None
+
+
+def reload(addresses: dict[str, str]) -> None:
+    """Load the project's definitions again. Raises OperationError when they can't be loaded."""
+    response = httpx.post(
+        f"{addresses['dagster']}/graphql", json={"query": RELOAD}, timeout=120, trust_env=False
+    )
+    found = response.json()["data"]["reloadRepositoryLocation"]
+    reason = load_error(addresses) or found.get("message")
+    if reason:
+        raise OperationError(f"can't load the definitions: {reason}")
 
 
 def start(settings: Settings) -> bool:

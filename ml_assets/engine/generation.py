@@ -72,6 +72,9 @@ class Row:
     """Keys and values of the first tokens of its prompt that are known before it is computed."""
 
 
+MIN_TEMPERATURE = 1e-6
+"""Below this, sampling is greedy to the last bit of float32."""
+
 Event = tuple[Row, int | None, FinishReason | None]
 """(row, token, None), (row, token, "length") for the last that fits, or (row, None, "stop")."""
 
@@ -467,7 +470,9 @@ def _sample(row: Row, logits: torch.Tensor) -> int:
         row.generator = torch.Generator()
         if row.seed is not None:
             row.generator.manual_seed(row.seed)
-    probabilities = torch.softmax(logits.float().cpu() / row.temperature, -1)
+    logits = logits.float().cpu()
+    # a temperature near 0 is 0 in float32, and the division no number
+    probabilities = torch.softmax((logits - logits.max()) / max(row.temperature, MIN_TEMPERATURE), -1)
     if row.top_p < 1:
         ordered, order = probabilities.sort(descending=True)
         outside = ordered.cumsum(-1) - ordered >= row.top_p

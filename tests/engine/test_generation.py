@@ -307,6 +307,17 @@ def test_a_prefix_is_computed_once_and_a_long_prompt_in_pieces(
     assert max(computed) <= 7
 
 
+def test_a_temperature_near_zero_is_greedy(tmp_path: Path) -> None:
+    base = tiny_base("llama", tmp_path)
+    greedy = generate(base, [prompts(base)[0]], 8)[0].token_ids
+    decoder = Decoder(base)
+    decoder.add(Row(prompts(base)[0], 8, temperature=7.6e-299, seed=1))
+    tokens: list[int | None] = []
+    while decoder.rows:
+        tokens += [token for _, token, _ in decoder.step() if token is not None]
+    assert tokens == greedy
+
+
 def test_sampling_follows_its_seed(tmp_path: Path) -> None:
     base = tiny_base("llama", tmp_path)
     base.chat.stop_ids = frozenset()
