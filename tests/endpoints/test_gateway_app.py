@@ -435,43 +435,30 @@ def _long(served: Served, name: str, seed: int) -> Made:
 
 
 def test_a_flood_leaves_room_for_others(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
-    share = 6  # a flood of more would take long to arrive, on a fast machine longer than to be answered
+    _long(served, "flood", 22)
+    share = 6
     monkeypatch.setattr(engine_module, "SHARE", share)
+    together: set[frozenset[str]] = set()
+    most = 0
+    arrived = threading.Event()
     step = Live.step
 
-    def slow_step(live: Live) -> int:
-        time.sleep(0.003)  # as a model of more than a few thousand weights
+    def watched(live: Live) -> int:
+        nonlocal most
+        names = [request.version.customization for request in live.requests.values()]
+        most = max(most, names.count("flood"))
+        together.add(frozenset(names))
+        if most >= share:
+            arrived.set()
+        time.sleep(0.002)  # as a model of more than a few thousand weights
         return step(live)
 
-    monkeypatch.setattr(Live, "step", slow_step)
-    _long(served, "flood", 22)
-    engine = served.app.state.engine
-    finished: list[str] = []
-    together: set[frozenset[str]] = set()
-
-    def ask(model: str) -> None:
-        response = served.chat(model=model, stop="\u2063")
-        assert response.status_code in (200, 429), response.text
-        finished.append(model)
-
-    with ThreadPoolExecutor(40) as pool:
-        flood = [pool.submit(ask, "flood") for _ in range(36)]
-        most = 0
-
-        def flooded() -> bool:
-            nonlocal most
-            most = max([most, *(len(live.requests) for live in list(engine._live.values()))])
-            return most >= share
-
-        _wait(flooded, "the flood")
-        other = pool.submit(ask, "news")
-        while not other.done():
-            for live in list(engine._live.values()):
-                together.add(frozenset(r.version.customization for r in list(live.requests.values())))
-        other.result()
-        assert finished.count("flood") < 36, "it did not wait for the flood to end"
-        for future in flood:
-            future.result()
+    monkeypatch.setattr(Live, "step", watched)
+    with ThreadPoolExecutor(25) as pool:
+        flood = [pool.submit(served.chat, model="flood", stop="\u2063") for _ in range(24)]
+        assert arrived.wait(60)
+        answers = [served.chat(model="news"), *(future.result() for future in flood)]
+    assert all(answer.status_code in (200, 429) for answer in answers)
     assert most == share, "others would not find room"
     assert frozenset({"flood", "news"}) in together, "different adapters in one batch"
 
