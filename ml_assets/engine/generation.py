@@ -476,6 +476,7 @@ def _sample(row: Row, logits: torch.Tensor) -> int:
     if row.top_p < 1:
         ordered, order = probabilities.sort(descending=True)
         outside = ordered.cumsum(-1) - ordered >= row.top_p
+        outside[0] = False  # a top_p near 0 is 0 in float32
         probabilities[order[outside]] = 0
     return int(torch.multinomial(probabilities, 1, generator=row.generator))
 

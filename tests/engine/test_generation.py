@@ -307,11 +307,12 @@ def test_a_prefix_is_computed_once_and_a_long_prompt_in_pieces(
     assert max(computed) <= 7
 
 
-def test_a_temperature_near_zero_is_greedy(tmp_path: Path) -> None:
+@pytest.mark.parametrize("sampling", [{"temperature": 7.6e-299}, {"temperature": 1.0, "top_p": 7.6e-299}])
+def test_sampling_from_next_to_nothing_is_greedy(sampling: dict[str, float], tmp_path: Path) -> None:
     base = tiny_base("llama", tmp_path)
     greedy = generate(base, [prompts(base)[0]], 8)[0].token_ids
     decoder = Decoder(base)
-    decoder.add(Row(prompts(base)[0], 8, temperature=7.6e-299, seed=1))
+    decoder.add(Row(prompts(base)[0], 8, seed=1, **sampling))
     tokens: list[int | None] = []
     while decoder.rows:
         tokens += [token for _, token, _ in decoder.step() if token is not None]
