@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from ml_assets.adapters.recipe import resolve_targets, training_examples
 from ml_assets.adapters.train import AdapterInputs
-from ml_assets.artifacts import ArtifactStore, canonical_json, read_json, sha256_bytes
+from ml_assets.artifacts import ArtifactError, ArtifactStore, canonical_json, read_json, sha256_bytes
 from ml_assets.datasets.snapshot import load_rows
 from ml_assets.spec import AdapterRecipe
 
@@ -45,15 +45,17 @@ def resolve_kind(
     if inputs.spec.engine() == "vllm":
         return _with_kind(inputs, "lora"), {"kind": "lora", "reason": "vLLM serves exact LoRA only"}
     key = _key(inputs)
-    known = store.recall(KIND, key)
-    if known:
-        found = read_json(store.open(known[0]) / "comparison.json")
-        tell(f"adapter.kind auto: {found['kind']}, as found before: {found['reason']}")
-    else:
-        found = _compare(inputs, store, home, tell)
-        ref = store.publish(KIND, {"comparison.json": canonical_json(found) + b"\n"})
-        store.remember(KIND, key, ref, {})
-        tell(f"adapter.kind auto: {found['kind']}: {found['reason']}")
+    if known := store.recall(KIND, key):
+        try:
+            found = read_json(store.open(known[0]) / "comparison.json")
+            tell(f"adapter.kind auto: {found['kind']}, as found before: {found['reason']}")
+            return _with_kind(inputs, found["kind"]), found
+        except ArtifactError as error:
+            _log.warning("compared again, because what was published is damaged: %s", error)
+    found = _compare(inputs, store, home, tell)
+    ref = store.publish(KIND, {"comparison.json": canonical_json(found) + b"\n"})
+    store.remember(KIND, key, ref, {})
+    tell(f"adapter.kind auto: {found['kind']}: {found['reason']}")
     return _with_kind(inputs, found["kind"]), found
 
 

@@ -91,6 +91,13 @@ def test_auto_keeps_the_kind_that_the_evaluation_allows(
     assert resolve_kind(named, store, evergreen_home) == (named, None)
     assert resolved.key == named.key
     assert not list((evergreen_home / "checkpoints").glob("*"))
+    for path in (evergreen_home / "artifacts" / "adapter_kind").rglob("comparison.json"):
+        path.chmod(0o644)
+        path.write_text("{}")
+    compared, found = resolve_kind(inputs, store, evergreen_home)
+    assert (
+        found is not None and found["rows"] == choice["rows"] and compared.spec.adapter.kind == found["kind"]
+    )
 
     monkeypatch.setenv("EVERGREEN_ENGINE", "vllm")
     elsewhere, reason = resolve_kind(inputs, store, evergreen_home)
