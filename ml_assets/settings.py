@@ -9,6 +9,11 @@
 | `EVERGREEN_GATEWAY_PORT` | `8000` | OpenAI-compatible endpoint |
 | `EVERGREEN_ARTIFACTS_URL` | `<home>/artifacts` | fsspec URL of the artifact store |
 | `EVERGREEN_LEDGER_URL` | `sqlite:///<home>/ledger.db` | SQLAlchemy URL of the ledger and the API keys |
+| `EVERGREEN_TRAFFIC_URL` | `sqlite:///<home>/traffic.db` | SQLAlchemy URL of the requests and the feedback |
+| `EVERGREEN_DEVICE_SECOND_PRICE` | `0` | price of a second of training or evaluation |
+| `EVERGREEN_FLEET_DEVICE_SECONDS` | | device seconds a month for all maintenance |
+| `EVERGREEN_FLEET_MONEY` | | the same in money |
+| `EVERGREEN_ALERT_WEBHOOK` | | URL that gets alerts as JSON |
 | `EVERGREEN_REQUEST_SECONDS` | `300` | time that a request to the gateway may take, waiting included |
 | `EVERGREEN_KV_CACHE_MB` | `2048` | keys and values of the requests under way on one base, in the gateway |
 | `EVERGREEN_PREFIX_CACHE_MB` | `512` | those of system prompts and other beginnings kept for later requests |
@@ -18,6 +23,7 @@
 | `EVERGREEN_VLLM_API_KEY` | | the key that they were started with, if any |
 """
 
+import math
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,7 +43,12 @@ class Settings:
     gateway_port: int
     artifacts_url: str
     ledger_url: str
+    traffic_url: str
     mlflow_uri: str
+    device_second_price: float
+    fleet_device_seconds: float | None
+    fleet_money: float | None
+    alert_webhook: str | None = field(repr=False)
     request_seconds: int
     kv_cache_bytes: int
     prefix_cache_bytes: int
@@ -59,7 +70,12 @@ class Settings:
             gateway_port=_port("EVERGREEN_GATEWAY_PORT", 8000),
             artifacts_url=os.environ.get("EVERGREEN_ARTIFACTS_URL", str(home / "artifacts")),
             ledger_url=os.environ.get("EVERGREEN_LEDGER_URL", f"sqlite:///{home / 'ledger.db'}"),
+            traffic_url=os.environ.get("EVERGREEN_TRAFFIC_URL", f"sqlite:///{home / 'traffic.db'}"),
             mlflow_uri=os.environ.get("EVERGREEN_MLFLOW_URI", f"sqlite:///{home / 'mlflow' / 'mlflow.db'}"),
+            device_second_price=_number("EVERGREEN_DEVICE_SECOND_PRICE") or 0.0,
+            fleet_device_seconds=_number("EVERGREEN_FLEET_DEVICE_SECONDS"),
+            fleet_money=_number("EVERGREEN_FLEET_MONEY"),
+            alert_webhook=os.environ.get("EVERGREEN_ALERT_WEBHOOK") or None,
             request_seconds=_limit("EVERGREEN_REQUEST_SECONDS", 300),
             kv_cache_bytes=_limit("EVERGREEN_KV_CACHE_MB", 2048) * 2**20,
             prefix_cache_bytes=_limit("EVERGREEN_PREFIX_CACHE_MB", 512) * 2**20,
@@ -123,6 +139,19 @@ def _limit(variable: str, default: int) -> int:
     if not text.isdigit() or int(text) < 1:
         raise ValueError(f"{variable}={text!r}: expected a whole number from 1")
     return int(text)
+
+
+def _number(variable: str) -> float | None:
+    text = os.environ.get(variable) or None
+    if text is None:
+        return None
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not (math.isfinite(number) and number >= 0):
+        raise ValueError(f"{variable}={text!r}: expected a number from 0")
+    return number
 
 
 def _port(variable: str, default: int) -> int:

@@ -31,6 +31,8 @@ CALLABLE = r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*$"
 REQUIREMENT = r"^[A-Za-z0-9._-]+==[A-Za-z0-9.!+_-]+$"
 COMMIT = r"^[0-9a-f]{40}$"
 DURATION = r"^[1-9]\d*[mhd]$"
+DAYS = r"^[1-9]\d*d$"
+CRON = r"^(\S+ ){4}\S+$"
 # what an error says instead of the pattern
 PATTERN_WORDS = {
     NAME: "lower-case letters, digits and underscores, starting with a letter",
@@ -39,6 +41,8 @@ PATTERN_WORDS = {
     REQUIREMENT: "a pinned requirement such as 'package==1.2.3'",
     COMMIT: "a full commit hash (40 characters of 0-9 and a-f)",
     DURATION: "a duration such as '90m', '36h' or '7d'",
+    DAYS: "a number of days such as '365d'",
+    CRON: "a cron expression of five fields such as '0 3 * * 1'",
 }
 # used by other groups of the asset graph and other jobs than a customization's
 RESERVED_NAMES = {"base_model", "base_models", "fleet"}
@@ -458,8 +462,101 @@ class EvaluationSpec(Block):
 class FreshnessSpec(Block):
     """Dagster freshness policies. Durations such as `36h` or `7d`."""
 
+    source: str | None = Field(
+        default=None, pattern=DURATION, description="how often to look whether the source has new rows"
+    )
     dataset: str | None = Field(default=None, pattern=DURATION, description="how old the snapshot may get")
     endpoint: str | None = Field(default=None, pattern=DURATION, description="how old the release may get")
+
+
+class TrafficSpec(Block):
+    """What is kept of the requests to the endpoint. Text is stored after `dataset.redact`."""
+
+    retention: str = Field(default="90d", pattern=DURATION, description="older requests are deleted")
+
+
+class FeedbackSpec(Block):
+    """How right answers that users send become training rows of the dataset."""
+
+    use: Literal["labels", "nothing"] = Field(
+        default="labels", description="`labels`: right answers join the dataset; `nothing`: only measured"
+    )
+    max_share_per_key: float = Field(
+        default=0.1, gt=0, le=1, description="largest share of the feedback rows that one API key may give"
+    )
+    min_rows_per_key: int = Field(
+        default=10, ge=1, description="rows that a key may give whatever its share, so that a few users count"
+    )
+
+
+class DriftSpec(Block):
+    """When the traffic has moved. A look is one drift report, made after `every` requests."""
+
+    one_false_alarm_in: str = Field(
+        default="365d",
+        pattern=DAYS,
+        description="at most one false alarm in that many days, on average over all signals together, "
+        "however often one looks",
+    )
+    every: int = Field(default=100, ge=1, description="requests between two looks")
+    embedding: Literal["base", "minilm", "hashing"] = Field(
+        default="base",
+        description="of the inputs: the base model's own early layer, MiniLM (from a wheel), or hashed words",
+    )
+
+
+class MaintenanceSpec(Block):
+    """What may be done about a failed check, and what it may cost. All of it is the policy of a decision."""
+
+    mode: Literal["automatic", "record"] = Field(
+        default="automatic", description="`record`: decisions are written down, nothing is started"
+    )
+    failed_looks: int = Field(default=2, ge=1, description="K: looks of the last `of_looks` that must fail")
+    of_looks: int = Field(default=3, ge=1, description="N; the newest look must be one of those that fail")
+    cooldown: str = Field(default="6h", pattern=DURATION, description="between two actions that train")
+    device_seconds_per_month: float | None = Field(
+        default=None, gt=0, description="training and evaluation of this customization; default: no limit"
+    )
+    money_per_month: float | None = Field(
+        default=None, gt=0, description="the same in `evaluation.value.currency`"
+    )
+    min_new_rows: int = Field(
+        default=20, ge=1, description="new labelled rows from which an update or a retrain can help"
+    )
+    replay: float = Field(
+        default=0.1,
+        ge=0,
+        le=1,
+        description="share of the old rows that an incremental update trains on again",
+    )
+    full_after: int = Field(
+        default=5, ge=1, description="incremental updates in a row before a retrain from scratch"
+    )
+    ask_for_labels: int = Field(
+        default=50, ge=1, description="unlabelled requests that are written out for a person to label"
+    )
+    requests_per_month: int | None = Field(
+        default=None, ge=1, description="for what an action gains; default: measured from the traffic"
+    )
+
+    @model_validator(mode="after")
+    def _looks(self) -> "MaintenanceSpec":
+        if self.failed_looks > self.of_looks:
+            raise _wrong(
+                "failed_looks" if "failed_looks" in self.model_fields_set else "of_looks",
+                f"expected failed_looks of at most of_looks, found {self.failed_looks} of {self.of_looks}",
+            )
+        return self
+
+
+class ScheduleSpec(Block):
+    """A job of this customization at set times."""
+
+    cron: str = Field(pattern=CRON, description="five fields, UTC: `0 3 * * 1` is every Monday at three")
+    run: Literal["observe", "look", "main", "retrain"] = Field(
+        description="`observe` the source, `look` at the traffic (drift report and decision), bring the "
+        "`main` job's assets up to date, or `retrain` from scratch"
+    )
 
 
 class EndpointSpec(Block):
@@ -490,6 +587,15 @@ class CustomizationSpec(Block):
     evaluation: EvaluationSpec = Field(description="how answers are judged")
     freshness: FreshnessSpec = Field(default_factory=FreshnessSpec, description="how old it may get")
     endpoint: EndpointSpec = Field(default_factory=EndpointSpec, description="what serves, and its limits")
+    traffic: TrafficSpec = Field(default_factory=TrafficSpec, description="what is kept of the requests")
+    feedback: FeedbackSpec = Field(
+        default_factory=FeedbackSpec, description="how right answers from users become training rows"
+    )
+    drift: DriftSpec = Field(default_factory=DriftSpec, description="when the traffic has moved")
+    maintenance: MaintenanceSpec = Field(
+        default_factory=MaintenanceSpec, description="what may be done about it, and what it may cost"
+    )
+    schedules: list[ScheduleSpec] = Field(default_factory=list, description="jobs at set times")
 
     @field_validator("name")
     @classmethod

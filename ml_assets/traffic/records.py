@@ -1,0 +1,53 @@
+"""What the traffic database holds: one record for each request, and for each feedback."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class TrafficRecord:
+    """A request and its answer, after redaction. Times are UTC in ISO 8601; `seq` is given by the database
+    and grows with the order of writing."""
+
+    id: str
+    """The response's id: `chatcmpl-...`."""
+    at: str
+    customization: str
+    key_id: str
+    adapter_digest: str
+    base_revision: str
+    messages: list[dict[str, str]]
+    """[{"role", "content"}, ...] as they were asked, without the system prompt that the gateway adds."""
+    answer: str
+    status: int
+    finish_reason: str | None
+    prompt_tokens: int
+    completion_tokens: int
+    latency_ms: float
+    first_token_ms: float | None
+    mean_logprob: float | None
+    """Mean log-probability of the answer's tokens, nats."""
+    metadata: dict[str, str] = field(default_factory=dict)
+    """What the client sent along (OpenAI's `metadata`), such as a language."""
+    seq: int | None = None
+
+
+@dataclass(frozen=True)
+class FeedbackRecord:
+    """What a user said about an answer: a rating, the right answer, or both."""
+
+    request_id: str
+    at: str
+    customization: str
+    key_id: str
+    rating: Literal[-1, 1] | None = None
+    right_answer: str | None = None
+    seq: int | None = None
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A request with what was said about it last."""
+
+    request: TrafficRecord
+    feedback: FeedbackRecord
