@@ -83,10 +83,11 @@ class Server:
         kill(self.process)
 
 
-def gateway(settings: Settings, log: Path) -> Server:
-    """This project's gateway program."""
+def gateway(settings: Settings, log: Path, extra: Mapping[str, str] | None = None) -> Server:
+    """This project's gateway program, with `extra` variables."""
     command = [sys.executable, "-m", "ml_assets.endpoints.gateway"]
-    return Server(command, f"{settings.gateway_url}/healthz/ready", log, deployment_environment(settings))
+    environment = deployment_environment(settings) | dict(extra or {})
+    return Server(command, f"{settings.gateway_url}/healthz/ready", log, environment)
 
 
 def free_ports(count: int) -> list[int]:

@@ -27,13 +27,11 @@ from ml_assets.artifacts import ArtifactStore, read_json
 from ml_assets.datasets.build import BuiltDataset, build_dataset
 from ml_assets.datasets.snapshot import load_rows
 from ml_assets.settings import Settings
-from ml_assets.spec import AdapterRecipe, CustomizationSpec
+from ml_assets.spec import CustomizationSpec
 
 OLD, NEW = "2023.9.22", "2026.10.27"
 NO_REPLAY = "update, no replay"
 UPDATE, RETRAIN, CHAMPION = "update, replay", "retrain on everything", "champion"
-
-Answers = dict[str, list[dict[str, Any]]]
 
 
 def main() -> None:
@@ -66,7 +64,7 @@ class Run:
         declared = customization("home_commands")
         source = {"kind": "jsonl", "path": str(self.folder / "rows.jsonl")}
         content = declared.model_dump(mode="json") | {"source": source}
-        recipe = AdapterRecipe(**declared.adapter.model_dump() | {"seed": self.seed})
+        recipe = declared.adapter.model_copy(update={"seed": self.seed})
         evaluation = content["evaluation"] | {"max_rows": None}
         return CustomizationSpec.model_validate(
             content | {"adapter": recipe.model_dump(exclude_none=True), "evaluation": evaluation}
@@ -119,18 +117,18 @@ class Run:
         directory = self.store.open(after.ref)
         rows, train = load_rows(directory, "evaluation"), load_rows(directory, "train")
         base = load_base(self.base, hardware.compute_dtype(self.settings.home))
-        arms = []
+        metric = str(self.spec.evaluation.resolved_metrics()[0])
+        found: dict[str, Any] = {}
         for name, adapter in adapters.items():
             base.attach(name, self.store.open(adapter.ref))
-            arms.append(Arm(name, name))
-        start = time.monotonic()
-        lines, _ = evaluate(base, self.spec.prompt, self.spec.evaluation, rows, train, arms)
-        say(f"{len(lines)} answers in {time.monotonic() - start:.0f} s")
-        metric = str(self.spec.evaluation.resolved_metrics()[0])
-        found: dict[str, Any] = {name: {"old": {}, "new": {}} for name in adapters}
-        for line in lines:
-            age = "old" if line["row"] in known else "new"
-            found[line["arm"]][age][line["row"]] = line["scores"][metric]
+            start = time.monotonic()
+            arms = [Arm("adapter", name)]
+            lines, _ = evaluate(base, self.spec.prompt, self.spec.evaluation, rows, train, arms)
+            say(f"{name}: {len(lines)} answers in {time.monotonic() - start:.0f} s")
+            found[name] = {"old": {}, "new": {}}
+            for line in lines:
+                age = "old" if line["row"] in known else "new"
+                found[name][age][line["row"]] = line["scores"][metric]
         return found
 
 

@@ -1,5 +1,6 @@
 """Worker: this project's engine, through the functions that its assets use."""
 
+import contextlib
 import json
 import shutil
 from collections.abc import Sequence
@@ -78,17 +79,24 @@ def plan(examples: list[Answer], recipe: Answer) -> Answer:
 
 
 def train(
-    examples: list[Answer], recipe: Answer, output: str, kind: str = "lora", cache: str | None = None
+    examples: list[Answer],
+    recipe: Answer,
+    output: str,
+    kind: str = "lora",
+    cache: str | None = None,
+    home: str | None = None,
 ) -> Answer:
     """Train an adapter into the folder `output`; `seconds` of all of it. `lora_weights` is their number.
 
-    `cache` keeps the prompts' keys and values of `activated_lora` between trainings.
+    `cache` keeps the prompts' keys and values of `activated_lora` between trainings; other processes of the
+    deployment in `home` see that this one computes.
     """
     base = loaded()
     whole = AdapterRecipe(**recipe, kind=kind)  # type: ignore[arg-type]
     shutil.rmtree(output, ignore_errors=True)
     answer: Answer = {}
-    with timed(answer):
+    seen = hardware.computing(Path(home)) if home else contextlib.nullcontext()
+    with seen, timed(answer):
         result = train_lora(
             base,
             as_examples(examples),

@@ -8,8 +8,8 @@ the same length. One and eight adapters; llama.cpp serves the quantised base wit
 
 import functools
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -97,21 +97,7 @@ class Run:
 
     def prepare(self) -> None:
         """Train the adapters (kept for the next run), start the servers, and ask each a question."""
-        cached_base(self.options.cache)
-        home = self.options.cache / "serving"
-        self.settings = prepare_home(home, self.options.cache)
-        self.folders = self._adapters(home / "customizations")
-        task = tasks()[TASK]
-        self.questions = [
-            [
-                {"role": "system", "content": task.prompt.system},
-                {"role": "user", "content": task.prompt.user.format_map(row)},
-            ]
-            for row in task.rows(2000)[1000:]
-        ]
-        from ml_assets.engine import hardware  # brings torch, which --help can do without
-
-        self.dtype = str(hardware.compute_dtype()).removeprefix("torch.")
+        self.prepare_ours()
         starts: dict[str, Callable[[], Target]] = {
             OURS: self._ours,
             VLLM: self._vllm,
@@ -136,6 +122,24 @@ class Run:
                 if name in self.open:
                     self.open.pop(name).close()
                 say(f"{name}: {self.missing[name]}")
+
+    def prepare_ours(self) -> None:
+        """Adapters and questions."""
+        cached_base(self.options.cache)
+        home = self.options.cache / "serving"
+        self.settings = prepare_home(home, self.options.cache)
+        self.folders = self._adapters(home / "customizations")
+        task = tasks()[TASK]
+        self.questions = [
+            [
+                {"role": "system", "content": task.prompt.system},
+                {"role": "user", "content": task.prompt.user.format_map(row)},
+            ]
+            for row in task.rows(2000)[1000:]
+        ]
+        from ml_assets.engine import hardware  # brings torch, which --help can do without
+
+        self.dtype = str(hardware.compute_dtype()).removeprefix("torch.")
 
     def _adapters(self, folder: Path) -> list[Path]:
         """PEFT folders of adapters that the ledger of the home releases, each trained on rows of its own."""
@@ -171,11 +175,17 @@ class Run:
         return self.options.cache / "logs" / f"serving-{name}.log"
 
     def _ours(self) -> Target:
+        return self.gateway_target(self._log("gateway"))
+
+    def gateway_target(self, log: Path, extra: Mapping[str, str] | None = None) -> Target:
+        """A gateway of the benchmark's deployment, on a port of its own."""
         ledger = Ledger(self.settings.ledger_url)
         key, _ = keys.create(ledger, ["*"], name="benchmark")
         ledger.close()
         names = [f"adapter_{i}" for i in range(ADAPTERS)]
-        return Target(gateway(self.settings, self._log("gateway")), self.settings.gateway_url, names, key)
+        (port,) = free_ports(1)
+        settings = replace(self.settings, gateway_port=port)
+        return Target(gateway(settings, log, extra), settings.gateway_url, names, key)
 
     def _vllm(self) -> Target:
         python = peer_python(self.options.peers, "vllm")

@@ -29,8 +29,8 @@ class Update:
     parent_directory: Path
     generation: int
     replay: float
-    new: list[Row]
-    replayed: list[Row]
+    new: Sequence[Row]
+    replayed: Sequence[Row]
 
     @property
     def rows(self) -> list[Row]:
@@ -73,10 +73,8 @@ def plan_update(
     old = [row for row in rows if row["_row"] in seen]
     replayed = sample_by_segment(old, spec.evaluation.segments, replay, seed=parent.digest)
     generation = (manifest.get("update") or {}).get("generation", 0) + 1
-    slower = AdapterRecipe(
-        **spec.adapter.model_dump()
-        | {"kind": recipe.kind, "learning_rate": spec.adapter.learning_rate * rate}
-    )
+    rate_of_update = spec.adapter.learning_rate * rate
+    slower = spec.adapter.model_copy(update={"kind": recipe.kind, "learning_rate": rate_of_update})
     return replace(
         inputs,
         spec=spec.model_copy(update={"adapter": slower}),

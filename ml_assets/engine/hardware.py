@@ -68,7 +68,7 @@ def prepare_process() -> None:
 def use_threads(count: int) -> None:
     """Compute with this many threads from now on, in the calling thread."""
     torch.set_num_threads(count)  # also when it seems so already: MKL's number is that of the whole process
-    # A thread takes the number that was set last, by whichever thread, when torch is first asked for it there.
+    # When torch is first asked for it in a thread, it takes the number that any thread set last.
     torch.get_num_threads()
 
 
