@@ -81,8 +81,8 @@ class TrafficWriter:
     """Takes records from the event loop without waiting, and stores them.
 
     Records are redacted by the policy of their customization, then stored in batches, at least every
-    `seconds` or `rows` records. While the database is away they wait, at most `bound` of them, and the oldest are
-    dropped. Rows past their retention are deleted now and then. What happened to records is counted by
+    `seconds` or `rows` records. While the database is away they wait, at most `bound` of them, and the oldest
+    are dropped. Rows past their retention are deleted now and then. What happened to records is counted by
     `counted(customization, outcome)`: `stored`, `unlogged` (the key wants nothing stored), `dropped` (the
     queue was full), `refused` (it could not be redacted or stored at all).
     """
@@ -230,15 +230,18 @@ class TrafficWriter:
             self._log.close()
 
     def _write(self, batch: list[TrafficRecord], unlogged: Counter[str]) -> bool:
-        """Store a batch, however long the database is away; what can't be redacted or stored is given up.
-        False when the gateway ends before."""
-        clean = []
+        clean: list[TrafficRecord] = []
         for record in batch:
             try:
                 clean.append(self._redacted(record))
             except Exception as error:
                 self._give_up(record, error)
             time.sleep(0)  # the event loop's turn: patterns hold the interpreter
+        return self._store(clean, unlogged)
+
+    def _store(self, clean: list[TrafficRecord], unlogged: Counter[str]) -> bool:
+        """Store a batch, however long the database is away; what can't be stored at all is given up. False
+        when the gateway ends before."""
         while clean or unlogged:
             try:
                 self._opened().append(clean, unlogged)
@@ -257,13 +260,17 @@ class TrafficWriter:
                     return False
                 clean = self._within_bound(clean)
             except Exception as error:
-                if len(clean) == 1:
-                    self._give_up(clean.pop(), error)
-                elif not clean:
+                if not clean:
                     log.error("traffic: counts were not stored", exc_info=error)
                     return True
-                else:  # one of them is the reason
-                    return all([self._write([record], Counter()) for record in clean])
+                if len(clean) == 1:
+                    self._give_up(clean.pop(), error)
+                    continue
+                while clean:  # one of them is the reason
+                    if not self._store([clean.pop(0)], Counter()):
+                        with self._changed:
+                            self._queue.extendleft(reversed(clean))
+                        return False
         return True
 
     def _wait(self, error: Exception) -> bool:
