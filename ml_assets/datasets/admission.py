@@ -1,8 +1,8 @@
 """Which right answers of users may become rows of a dataset.
 
-Anybody with an API key can send feedback, so it is treated as a claim: what the source (or a frozen evaluation
-row) says about nearly the same input wins, a key that contradicts the source again and again is not believed at
-all, no key may give more than its share, and where keys contradict one another none is believed.
+Anybody with an API key can send feedback, so it is a claim: what the source (or a frozen evaluation row) says
+about nearly the same input wins, a key that contradicts the source again and again is not believed at all, no
+key may give more than its share, and where keys contradict one another none is believed.
 """
 
 import re
@@ -40,7 +40,7 @@ class Said:
 
 @dataclass
 class Admitted:
-    """The rows that may join, and by key: rows given, contradictions of the source, whether it is believed."""
+    """The rows that may join; and by key: rows given, those against the source, whether it is believed."""
 
     rows: list[Said] = field(default_factory=list)
     keys: dict[str, dict[str, Any]] = field(default_factory=dict)

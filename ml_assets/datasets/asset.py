@@ -142,10 +142,9 @@ def build_dataset_asset(spec: CustomizationSpec, root: Path) -> dg.AssetsDefinit
             raise dg.Failure(str(error), allow_retries=isinstance(error.__cause__, OSError)) from error
         except (OperationalError, InterfaceError, NewerSchema) as error:
             # without it the rows that came from feedback would go, as if they had never been there
-            away = not isinstance(error, NewerSchema)
             raise dg.Failure(
-                f"the feedback can't be read: {error}; expected the traffic database at EVERGREEN_TRAFFIC_URL",
-                allow_retries=away,
+                f"the feedback can't be read, expected the database at EVERGREEN_TRAFFIC_URL: {error}",
+                allow_retries=not isinstance(error, NewerSchema),
             ) from error
         if built.reused:
             context.log.info(f"{built.ref}: the source is as it was, nothing to do")

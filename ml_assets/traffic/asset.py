@@ -27,9 +27,9 @@ def build_traffic_asset(spec: CustomizationSpec) -> dg.AssetsDefinition:
                 dg.AssetSpec(
                     key,
                     deps=[dg.AssetKey([spec.name, "endpoint"])],
-                    description=f"What the endpoint of **{spec.name}** was asked and answered, and what users "
-                    f"said about it, without personal data; kept for {spec.traffic.retention}. The gateway "
-                    "writes it; observing it says how much is new.",
+                    description=f"What the endpoint of **{spec.name}** was asked and answered, and what "
+                    f"users said about it, without personal data; kept for {spec.traffic.retention}. The "
+                    "gateway writes it; observing it says how much is new.",
                     group_name=spec.name,
                     owners=spec.owners,
                     kinds={"sql"},
