@@ -61,8 +61,8 @@ class Said:
         request = TrafficRecord(
             id=f"chatcmpl-{seq}", at="2026-11-26T00:00:00+00:00", customization="home", key_id=key,
             adapter_digest="a", base_revision="b", messages=[{"role": "user", "content": text}],
-            answer=answer, status=200, finish_reason="stop", prompt_tokens=1, completion_tokens=1, latency_ms=1.0,
-            first_token_ms=1.0, mean_logprob=-0.1, metadata=metadata, seq=seq,
+            answer=answer, status=200, finish_reason="stop", prompt_tokens=1, completion_tokens=1,
+            latency_ms=1.0, first_token_ms=1.0, mean_logprob=-0.1, metadata=metadata, seq=seq,
         )  # fmt: skip
         rating = None if right is not None else 1
         self.judged.append(
