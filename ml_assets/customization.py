@@ -28,6 +28,7 @@ from ml_assets.mistakes import (
     validate,
 )
 from ml_assets.spec import BaseModelsSpec, CustomizationSpec, PythonMetric, PythonSource
+from ml_assets.traffic.asset import build_traffic_asset
 from sensors.base_updates import build_base_updates_sensor
 
 M = TypeVar("M", bound=BaseModel)
@@ -252,7 +253,10 @@ class Customization(dg.Component):
             owners=spec.owners,
         )
         return dg.Definitions(
-            assets=dg.with_source_code_references([build_source_asset(spec, root), *produced]), jobs=[main]
+            assets=dg.with_source_code_references(
+                [build_source_asset(spec, root), *produced, build_traffic_asset(spec)]
+            ),
+            jobs=[main],
         )
 
     def _project_mistakes(self, context: dg.ComponentLoadContext) -> list[Mistake]:

@@ -13,6 +13,7 @@ from resources.base_model_hub import BaseModelHub
 from resources.gateway import GatewayResource
 from resources.ledger import LedgerResource
 from resources.mlflow_tracking import MlflowTracking
+from resources.traffic_log import TrafficLogResource
 
 # Used on purpose, in every asset check of a base revision and every job: the notes would bury real warnings.
 warnings.filterwarnings("ignore", r"Parameter `partitions_def` of .*AssetCheckSpec", dg.PreviewWarning)
@@ -34,6 +35,7 @@ def build_definitions(project: Path) -> dg.Definitions:
             "mlflow_tracking": MlflowTracking(),
             "ledger": LedgerResource(),
             "gateway": GatewayResource(),
+            "traffic_log": TrafficLogResource(),
             "base_model_hub": BaseModelHub(),
         },
         jobs=[build_reproduce_job(specs)] if specs else [],
