@@ -30,7 +30,7 @@ def specification(task: str = "classification", **blocks: Any) -> CustomizationS
             "source": {"kind": "jsonl", "path": "rows.jsonl"},
             "prompt": {
                 "user": "{text}",
-                "target": "{colour}" if task == "classification" else '{{"colour":"{colour}"}}',
+                "target": target,
             },
             "base_models": ["tiny"],
             "evaluation": {"task": task, "value": {"right": 0.02, "wrong": -0.05, "refusal": "^I can't"}},
