@@ -77,6 +77,7 @@ def environment(settings: Settings) -> dict[str, str]:
         "EVERGREEN_GATEWAY_PORT": str(settings.gateway_port),
         "EVERGREEN_ARTIFACTS_URL": settings.artifacts_url,
         "EVERGREEN_LEDGER_URL": settings.ledger_url,
+        "EVERGREEN_TRAFFIC_URL": settings.traffic_url,
         "EVERGREEN_MLFLOW_URI": settings.mlflow_uri,
         "EVERGREEN_LOG": str(log_path(settings)),
         "DAGSTER_HOME": str(settings.dagster_home),
