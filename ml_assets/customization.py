@@ -14,6 +14,7 @@ from ml_assets.adapters.asset import build_adapter_asset
 from ml_assets.base_models.asset import build_base_model_asset
 from ml_assets.datasets.asset import build_dataset_asset, build_source_asset
 from ml_assets.datasets.sources import source_columns
+from ml_assets.drift_reports.asset import build_drift_report_asset
 from ml_assets.endpoints.asset import build_endpoint_asset
 from ml_assets.eval_reports.asset import build_eval_report_asset
 from ml_assets.mistakes import (
@@ -254,7 +255,12 @@ class Customization(dg.Component):
         )
         return dg.Definitions(
             assets=dg.with_source_code_references(
-                [build_source_asset(spec, root), *produced, build_traffic_asset(spec)]
+                [
+                    build_source_asset(spec, root),
+                    *produced,
+                    build_traffic_asset(spec),
+                    build_drift_report_asset(spec),
+                ]
             ),
             jobs=[main],
         )
