@@ -1,7 +1,6 @@
 """`<name>/decision`: what is done about the findings of the newest look, and why nothing else."""
 
 import json
-from collections.abc import Iterator
 from typing import Any
 from urllib.parse import quote
 
@@ -27,7 +26,7 @@ PAST = 30
 """Earlier decisions that a new one takes into account."""
 
 CHECKS = {
-    "no_confirmed_loss": "The champion answers as well as on its evaluation rows, as far as the traffic tells.",
+    "no_confirmed_loss": "As far as the traffic tells, the champion answers as well as on the evaluation rows.",
     "within_budget": "What was decided may be paid for.",
 }
 
@@ -44,8 +43,8 @@ def build_decision_asset(spec: CustomizationSpec) -> dg.AssetsDefinition:
             "dataset": dg.AssetIn(key=dg.AssetKey([spec.name, "dataset"])),
         },
         description=(
-            f"What is done about the traffic of **{spec.name}**: watch, extend the dataset, update, retrain or "
-            f"ask for labels, whichever is the cheapest that is enough. A loss counts when "
+            f"What is done about the traffic of **{spec.name}**: watch, extend the dataset, update, retrain "
+            f"or ask for labels, whichever is the cheapest that is enough. A loss counts when "
             f"{rules.failed_looks} of the last {rules.of_looks} looks failed, the newest among them. "
             + ("Nothing is started (`mode: record`)." if rules.mode == "record" else "")
         ),
@@ -228,7 +227,7 @@ def _line(history: History) -> dict[str, str]:
 
 def _checks(
     key: dg.AssetKey, decision: Decision
-) -> Iterator[dg.AssetCheckResult] | list[dg.AssetCheckResult]:
+) -> list[dg.AssetCheckResult]:
     harm = decision.seen.get("kind") in ("loss", "unknown_loss")
     blocked = decision.status == "blocked_by_budget"
     return [

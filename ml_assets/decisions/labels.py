@@ -18,8 +18,8 @@ def label_path(home: Path, customization: str, decision_id: str) -> Path:
 
 
 def write_requests(path: Path, ids: Sequence[str], records: Sequence[TrafficRecord]) -> int:
-    """Write one line for each request, in the order of `ids`, with an empty `right_answer` for a person to fill
-    in. Requests that are gone (retention) are left out. Returns how many were written.
+    """Write one line for each request, in the order of `ids`, with an empty `right_answer` for a person to
+    fill in. Requests that are gone (retention) are left out. Returns how many were written.
 
     A file that is there already stays: somebody may be labelling it.
     """
