@@ -62,6 +62,9 @@ def _parser() -> argparse.ArgumentParser:
         help="a customization that it may use, '*' for all (the default), or 'admin'; may be repeated",
     )
     create.add_argument("--days", type=float, metavar="N", help="how long it is valid (default: for ever)")
+    create.add_argument(
+        "--no-log", action="store_true", help="store nothing of its requests but their number; no feedback"
+    )
     create.set_defaults(run=_keys_create)
     actions.add_parser("list", help="list keys, without their secrets").set_defaults(run=_keys_list)
     revoke = actions.add_parser("revoke", help="end a key, at once")
@@ -120,7 +123,13 @@ def _keys_create(settings: Settings, options: argparse.Namespace) -> int:
     if options.days is not None:
         expires = datetime.datetime.now(datetime.UTC) + datetime.timedelta(days=options.days)
     with _ledger(settings) as ledger:
-        key, info = keys.create(ledger, options.scope or ["*"], name=options.name, expires_at=expires)
+        key, info = keys.create(
+            ledger,
+            options.scope or ["*"],
+            name=options.name,
+            expires_at=expires,
+            unlogged=options.no_log,
+        )
     print(key)  # alone on stdout, so that a script can take it
     print(f"Key {info.id}: only its hash is stored, so keep it now.", file=sys.stderr)
     return 0
@@ -135,6 +144,7 @@ def _keys_list(settings: Settings, _options: argparse.Namespace) -> int:
             state = "valid" if info.valid else "revoked" if info.revoked_at else "expired"
             if info.valid and info.expires_at:
                 state = f"until {info.expires_at[:10]}"
+            state += ", no log" if info.valid and info.unlogged else ""
             scopes = ",".join(info.scopes)
             print(f"{info.id:8}  {scopes:24}  {info.created_at[:19]}  {state:20}  {info.name}")
     return 0

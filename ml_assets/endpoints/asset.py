@@ -37,7 +37,8 @@ def build_endpoint_asset(spec: CustomizationSpec) -> dg.AssetsDefinition:
     """The endpoint asset of one customization: releases the challenger if there is one, and proves in any
     case that the gateway answers with the accepted version."""
     key = dg.AssetKey([spec.name, "endpoint"])
-    settings = {name: getattr(spec.endpoint, name) for name in RECORDED}
+    settings: dict[str, Any] = {name: getattr(spec.endpoint, name) for name in RECORDED}
+    settings["traffic_policy"] = {"redact": spec.dataset.redact, "retention": spec.traffic.retention}
     fresh = spec.freshness.endpoint
 
     @dg.asset(
@@ -124,7 +125,7 @@ def build_endpoint_asset(spec: CustomizationSpec) -> dg.AssetsDefinition:
                             action="release",
                             run_id=context.run.run_id,
                             actor=actor(context.run.tags),
-                            reason="the endpoint's engine or limits were changed",
+                            reason="the endpoint's engine, its limits or its traffic policy changed",
                         )
                         context.log.info(f"serving {current.adapter_digest} with {settings}")
                         current = released(candidate)

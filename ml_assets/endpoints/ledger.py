@@ -42,6 +42,7 @@ _releases = sa.Table(
     sa.Column("reason", sa.Text, nullable=False),
     sa.Column("at", sa.String(40), nullable=False),
     sa.Column("engine", sa.String(20), nullable=True),
+    sa.Column("traffic_policy", sa.JSON(none_as_null=True), nullable=True),
 )
 _fenced_runs = sa.Table(
     "fenced_runs",
@@ -68,7 +69,10 @@ api_keys = sa.Table(
     sa.Column("created_at", sa.String(40), nullable=False),
     sa.Column("expires_at", sa.String(40), nullable=True),
     sa.Column("revoked_at", sa.String(40), nullable=True),
+    sa.Column("unlogged", sa.Boolean, nullable=True),
 )
+# what tables have that were made before there was a use for it
+_ADDED = (_releases.c.engine, _releases.c.traffic_policy, api_keys.c.unlogged)
 for _change in ("UPDATE", "DELETE"):
     event.listen(
         _releases,
@@ -91,7 +95,8 @@ class Release:
     `action` is `release` for a new version, `rollback` for a return to an earlier one, and `withdraw` when
     nothing serves from then on (the digests then name what was withdrawn). `max_new_tokens` and
     `max_prompt_tokens` (None: the base's context) are the limits of the endpoint, `engine` what it says about
-    the engine (None: the deployment's). `run_id` is the Dagster run, `actor` the person or program. `at` is
+    the engine (None: the deployment's), `traffic_policy` how its traffic is stored: `redact` and `retention`
+    (None: the defaults). `run_id` is the Dagster run, `actor` the person or program. `at` is
     UTC in ISO 8601; it and `id` are set by the ledger.
     """
 
@@ -110,6 +115,7 @@ class Release:
     at: str = ""
     id: int = 0
     engine: EngineName | None = None
+    traffic_policy: dict[str, Any] | None = None
 
 
 class ReleaseTransaction:
@@ -156,11 +162,15 @@ class Ledger:
 
     def current_all(self) -> dict[str, Release]:
         """What serves now, by customization."""
+        return {name: row for name, row in self.newest_all().items() if row.action != "withdraw"}
+
+    def newest_all(self) -> dict[str, Release]:
+        """The newest row of each customization, also where it is a withdrawal."""
         latest = sa.select(sa.func.max(_releases.c.id)).group_by(_releases.c.customization)
         with self.engine.connect() as connection:
             rows = connection.execute(sa.select(_releases).where(_releases.c.id.in_(latest)))
             releases = [_release(row) for row in rows.mappings()]
-        return {release.customization: release for release in releases if release.action != "withdraw"}
+        return {release.customization: release for release in releases}
 
     def history(self, customization: str, limit: int | None = None) -> list[Release]:
         """All rows of a customization, newest first."""
@@ -275,11 +285,11 @@ def _create_schema(engine: sa.Engine) -> None:
                 raw.cursor().execute("PRAGMA journal_mode = WAL")
                 raw.close()
                 _create(engine)
-            _add_engine_column(engine)
+            _add_columns(engine)
     else:
         if not sa.inspect(engine).has_table(_writer.name):
             _retry_once(lambda: _create(engine))
-        _retry_once(lambda: _add_engine_column(engine))
+        _retry_once(lambda: _add_columns(engine))
 
 
 def _create(engine: sa.Engine) -> None:
@@ -290,11 +300,14 @@ def _create(engine: sa.Engine) -> None:
             connection.execute(sa.insert(_writer).values(id=1, turn=0))
 
 
-def _add_engine_column(engine: sa.Engine) -> None:
-    """Ledgers made before there was a choice of engines do not have it."""
-    if not any(column["name"] == "engine" for column in sa.inspect(engine).get_columns(_releases.name)):
-        with engine.begin() as connection:
-            connection.execute(sa.DDL("ALTER TABLE releases ADD COLUMN engine VARCHAR(20)"))
+def _add_columns(engine: sa.Engine) -> None:
+    found = sa.inspect(engine)
+    names = {table: {c["name"] for c in found.get_columns(table)} for table in ("releases", "api_keys")}
+    for column in _ADDED:
+        if column.name not in names[column.table.name]:
+            kind = column.type.compile(engine.dialect)
+            with engine.begin() as connection:
+                connection.execute(sa.DDL(f"ALTER TABLE {column.table.name} ADD COLUMN {column.name} {kind}"))
 
 
 def _retry_once(create: Callable[[], None]) -> None:

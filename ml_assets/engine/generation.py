@@ -68,6 +68,10 @@ class Row:
     active_from: int = 0
     """The token of the prompt from which its adapter works."""
     generator: torch.Generator | None = None
+    scored: bool = False
+    """Whether the log-probability of its tokens is wanted."""
+    logprob: float | None = None
+    """Of its latest token, the one that ended it included, nats; before temperature and `top_p`."""
     past: tuple[KeyValues, int] | None = None
     """Keys and values of the first tokens of its prompt that are known before it is computed."""
 
@@ -448,6 +452,12 @@ def _choose(
     for i, row in enumerate(rows):
         if row.temperature > 0:
             chosen[i] = _sample(row, logits[i])
+    if scored := [i for i, row in enumerate(rows) if row.scored]:
+        index = torch.tensor(scored, device=logits.device)
+        wanted = logits[index].float()
+        found = wanted.gather(-1, chosen[index, None])[:, 0] - wanted.logsumexp(-1)
+        for i, value in zip(scored, found.tolist(), strict=True):
+            rows[i].logprob = value
     events: list[Event] = []
     staying: list[int] = []
     stops = base.chat.stop_ids

@@ -3,6 +3,9 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+Rating = Literal[-1, 1]
+"""Down or up."""
+
 
 @dataclass(frozen=True)
 class TrafficRecord:
@@ -20,13 +23,16 @@ class TrafficRecord:
     """[{"role", "content"}, ...] as they were asked, without the system prompt that the gateway adds."""
     answer: str
     status: int
+    """HTTP: 200; 499 when the client went away before the end, 5xx when it failed. `answer` is then what
+    there was of it."""
     finish_reason: str | None
     prompt_tokens: int
     completion_tokens: int
     latency_ms: float
+    """From the request to the end of its answer, waiting included."""
     first_token_ms: float | None
     mean_logprob: float | None
-    """Mean log-probability of the answer's tokens, nats."""
+    """Mean log-probability of the answer's tokens, the one that ends it included, nats."""
     metadata: dict[str, str] = field(default_factory=dict)
     """What the client sent along (OpenAI's `metadata`), such as a language."""
     seq: int | None = None
@@ -40,7 +46,7 @@ class FeedbackRecord:
     at: str
     customization: str
     key_id: str
-    rating: Literal[-1, 1] | None = None
+    rating: Rating | None = None
     right_answer: str | None = None
     seq: int | None = None
 

@@ -9,6 +9,7 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -30,11 +31,21 @@ from ml_assets.endpoints.gateway.schemas import (
     ActivateRequest,
     ChatRequest,
     CustomizationRequest,
+    FeedbackRequest,
     StageRequest,
 )
 from ml_assets.endpoints.gateway.vllm import VllmEngine
 from ml_assets.endpoints.ledger import Ledger, Release
 from ml_assets.settings import EngineName
+from ml_assets.traffic.records import TrafficRecord
+from ml_assets.traffic.writer import (
+    Busy,
+    Policy,
+    RedactionUnavailable,
+    TrafficWriter,
+    Unavailable,
+    UnknownRequest,
+)
 
 Access = Literal["public", "key", "admin"]
 
@@ -45,6 +56,7 @@ ACCESS: dict[tuple[str, str], Access] = {
     ("GET", "/v1/models"): "key",
     ("GET", "/v1/models/{model}"): "key",
     ("POST", "/v1/chat/completions"): "key",
+    ("POST", "/v1/feedback"): "key",
     ("POST", "/admin/stage"): "admin",
     ("POST", "/admin/activate"): "admin",
     ("POST", "/admin/discard"): "admin",
@@ -72,24 +84,34 @@ def create_app(
     max_body_bytes: int = MAX_BODY_BYTES,
     engine_name: EngineName = "in_process",
     vllm: VllmEngine | None = None,
+    traffic: TrafficWriter | None = None,
     **limits: Any,
 ) -> FastAPI:
     """The gateway as an ASGI application. It begins to serve what the ledger says when it starts.
 
     `max_queue` is the number of requests of one customization that may wait, `engine_name` what answers for
-    endpoints that name no engine, `vllm` the servers behind the engine of that name, `limits` are the
-    engine's other ones; `app.state.engine` and `app.state.metrics` are for tests.
+    endpoints that name no engine, `vllm` the servers behind the engine of that name, `traffic` what stores
+    requests (None: nothing is stored, and there is no feedback), `limits` are the engine's other ones;
+    `app.state.engine` and `app.state.metrics` are for tests.
     """
     engine = Engine(store, max_queue=max_queue, vllm=vllm, default=engine_name, **limits)
     metrics = Metrics()
     restored = asyncio.Event()
+
+    if traffic is not None:
+        traffic.counted = lambda name, outcome, n: metrics.traffic.labels(name, outcome).inc(n)
 
     @contextlib.asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
         engine.start()
         if vllm is not None:
             vllm.start()
-        released = await run_in_threadpool(ledger.current_all)
+        newest = await run_in_threadpool(ledger.newest_all)
+        released = {name: release for name, release in newest.items() if release.action != "withdraw"}
+        if traffic is not None:
+            for name, release in newest.items():
+                traffic.set_policy(name, Policy.of(release.traffic_policy))
+            traffic.start()
         engine.unserved.update(dict.fromkeys(released, "it is loading"))
         restoring = asyncio.create_task(_restore(engine, ledger, released, restored))
         try:
@@ -99,6 +121,8 @@ def create_app(
             if vllm is not None:
                 await vllm.close()
             await run_in_threadpool(engine.close)
+            if traffic is not None:
+                await run_in_threadpool(traffic.close)
 
     app = FastAPI(
         title="Evergreen gateway", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None
@@ -160,7 +184,7 @@ def create_app(
 
     @app.post("/v1/chat/completions")
     async def chat(request: Request) -> Response:
-        call = _Call(engine, metrics)
+        call = _Call(engine, metrics, traffic, _key(request))
         try:
             return await call.answer(request)
         except ApiError as error:
@@ -169,6 +193,29 @@ def create_app(
         except BaseException as error:
             call.end(499 if isinstance(error, asyncio.CancelledError) else 500)
             raise
+
+    @app.post("/v1/feedback")
+    async def feedback(request: Request) -> dict[str, Any]:
+        """Take what a user says about an answer; committed when this answers 200."""
+        said = await _parse(FeedbackRequest, request)
+        if traffic is None:
+            raise ApiError(404, "no_traffic_log", "This gateway stores no requests")
+        rating = None if said.rating is None else 1 if said.rating == "up" else -1
+        try:
+            future = traffic.give_feedback(said.id, _key(request).id, rating, said.right_answer)
+            stored = await asyncio.wrap_future(future)
+        except UnknownRequest:
+            message = f"There is no stored answer with id {said.id!r} to a request of this key"
+            raise ApiError(404, "request_not_found", message, param="id") from None
+        except Busy as error:
+            raise ApiError(429, "queue_full", f"{error}", headers={"Retry-After": "1"}) from None
+        except (Unavailable, RedactionUnavailable) as error:
+            log.error("feedback is not stored: %s", error)
+            message = "Feedback can't be stored now; nothing was stored"
+            raise ApiError(503, "feedback_not_available", message, headers={"Retry-After": "5"}) from None
+        labels = stored.customization, said.rating or "none", "yes" if said.right_answer else "no"
+        metrics.feedback.labels(*labels).inc()
+        return {"object": "feedback", "id": said.id, "rating": said.rating, "at": stored.at}
 
     # -- admin -----------------------------------------------------------------------------------------
 
@@ -192,6 +239,8 @@ def create_app(
             message += f"the request {asked.adapter_digest and asked.adapter_digest[:12]}"
             raise ApiError(409, "not_in_ledger", message)
         version = engine.activate(asked.customization, asked.adapter_digest)
+        if traffic is not None and current is not None:
+            traffic.set_policy(asked.customization, Policy.of(current.traffic_policy))
         log.info("%s: now served by adapter %s", asked.customization, says)
         return {"customization": asked.customization, "serving": version and version.describe()}
 
@@ -276,25 +325,33 @@ class _Header:
 
 
 class _Call:
-    """A chat completion from request to metrics; holds its version until `end`, which may come twice."""
+    """A chat completion from request to metrics and traffic; holds its version until `end`, which may come
+    twice."""
 
-    def __init__(self, engine: Engine, metrics: Metrics):
+    def __init__(self, engine: Engine, metrics: Metrics, traffic: TrafficWriter | None, key: keys.KeyInfo):
         self._engine = engine
         self._metrics = metrics
+        self._traffic = traffic
+        self._key = key
         self._start = time.monotonic()
+        self._at = datetime.now(UTC)
+        self._id = f"chatcmpl-{uuid.uuid4().hex}"
         self._version: Version | None = None
+        self._asked: ChatRequest | None = None
         self._prompt_tokens = 0
         self._tokens = 0
+        self._texts: list[str] = []
+        self._finish_reason: str | None = None
+        self._first_token_seconds: float | None = None
+        self._mean_logprob: float | None = None
         self._ended = False
 
     async def answer(self, request: Request) -> Response:
-        asked = await _parse(ChatRequest, request)
+        asked = self._asked = await _parse(ChatRequest, request)
         _check_scope(_key(request), asked.model)
         version = self._version = self._engine.acquire(asked.model)
         generation = await self._submit(version, asked)
-        header = _Header(
-            f"chatcmpl-{uuid.uuid4().hex}", int(time.time()), version.customization, version.adapter_digest
-        )
+        header = _Header(self._id, int(time.time()), version.customization, version.adapter_digest)
         if asked.stream:
             include_usage = asked.stream_options is not None and asked.stream_options.include_usage
             chunks = self._chunks(generation, header, include_usage)
@@ -311,7 +368,7 @@ class _Call:
         return JSONResponse(body, headers=_identity(version))
 
     def end(self, status: int) -> None:
-        """Release the version and count the request."""
+        """Release the version, count the request and hand over its record."""
         if self._ended:
             return
         self._ended = True
@@ -322,6 +379,35 @@ class _Call:
         self._metrics.seconds.labels(name).observe(time.monotonic() - self._start)
         self._metrics.tokens.labels(name, "prompt").inc(self._prompt_tokens)
         self._metrics.tokens.labels(name, "completion").inc(self._tokens)
+        self._record(status)
+
+    def _record(self, status: int) -> None:
+        """What the model took on is traffic, however it ended; what was refused before is not."""
+        if self._traffic is None or self._version is None or self._asked is None or not self._prompt_tokens:
+            return
+        if self._key.unlogged:
+            self._traffic.put_unlogged(self._version.customization)
+            return
+        first = self._first_token_seconds
+        record = TrafficRecord(
+            id=self._id,
+            at=self._at.isoformat(timespec="microseconds"),
+            customization=self._version.customization,
+            key_id=self._key.id,
+            adapter_digest=self._version.adapter_digest,
+            base_revision=self._version.base_revision,
+            messages=[message.plain() for message in self._asked.messages],
+            answer="".join(self._texts),
+            status=status,
+            finish_reason=self._finish_reason,
+            prompt_tokens=self._prompt_tokens,
+            completion_tokens=self._tokens,
+            latency_ms=1000 * (time.monotonic() - self._start),
+            first_token_ms=None if first is None else 1000 * first,
+            mean_logprob=self._mean_logprob,
+            metadata=self._asked.metadata or {},
+        )
+        self._traffic.put(record)
 
     async def _submit(self, version: Version, asked: ChatRequest) -> Generation:
         messages = version.conversation([message.plain() for message in asked.messages])
@@ -351,13 +437,13 @@ class _Call:
         return generation
 
     async def _count(self, generation: Generation) -> AsyncIterator[Piece]:
-        first = True
         async for piece in generation:
-            if first:
-                first = False
-                seconds = time.monotonic() - self._start
+            if self._first_token_seconds is None:
+                seconds = self._first_token_seconds = time.monotonic() - self._start
                 self._metrics.first_token_seconds.labels(generation.version.customization).observe(seconds)
             self._tokens = piece.tokens
+            self._texts.append(piece.text)
+            self._finish_reason, self._mean_logprob = piece.finish_reason, piece.mean_logprob
             yield piece
 
     async def _collect(self, generation: Generation) -> list[Piece]:
@@ -383,8 +469,9 @@ class _Call:
                     yield event(delta({}, piece.finish_reason))
             if include_usage:
                 yield event([], self._usage())
-            yield b"data: [DONE]\n\n"
             status = 200
+            self.end(status)  # before the client sees the end: it may send feedback at once
+            yield b"data: [DONE]\n\n"
         except ApiError as error:  # the status line is sent: the error is the last event
             status = error.status
             yield _event(error.body())
@@ -598,6 +685,7 @@ def app_from_settings() -> FastAPI:
 
     settings = Settings.from_env()
     ledger = Ledger(settings.ledger_url)
+    traffic = TrafficWriter(settings.traffic_url)
     keys.ensure_admin_key(ledger, settings.home / keys.ADMIN_KEY_FILE)
     return create_app(
         ledger,
@@ -607,4 +695,5 @@ def app_from_settings() -> FastAPI:
         prefix_bytes=settings.prefix_cache_bytes,
         engine_name=settings.engine,
         vllm=VllmEngine(settings.vllm_urls, settings.vllm_api_key) if settings.vllm_urls else None,
+        traffic=traffic,
     )

@@ -130,11 +130,14 @@ class Version:
 
 @dataclass(frozen=True)
 class Piece:
-    """A part of an answer. `finish_reason` is set in the last one; `tokens` is the count so far."""
+    """A part of an answer. `finish_reason` is set in the last one; `tokens` is the count so far,
+    `mean_logprob` the mean log-probability of the tokens so far, the one that ends it included (nats; None
+    where the engine does not tell)."""
 
     text: str
     tokens: int
     finish_reason: str | None
+    mean_logprob: float | None = None
 
 
 class Generation:
@@ -167,6 +170,7 @@ class Generation:
         self._text = Detokenizer(lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True)))
         self._stops = StopStrings(stops)
         self._tokens = 0
+        self._logprob, self._logprobs = 0.0, 0  # their sum and number
         self._loop = asyncio.get_running_loop()
         self._queue: asyncio.Queue[Piece | BaseException] = asyncio.Queue()
 
@@ -191,9 +195,12 @@ class Generation:
 
     # -- on the computing thread -----------------------------------------------------------------------
 
-    def feed(self, token: int | None, finish_reason: str | None) -> None:
-        """Take the outcome of one step."""
+    def feed(self, token: int | None, finish_reason: str | None, logprob: float | None = None) -> None:
+        """Take the outcome of one step; `logprob` is that of its token, the one that ends it included."""
         text = ""
+        if logprob is not None:
+            self._logprob += logprob
+            self._logprobs += 1
         if token is not None:
             self._tokens += 1
             text = self._stops.push(self._text.push(token))
@@ -204,12 +211,13 @@ class Generation:
             finish_reason = "stop"
         self.finished = finish_reason is not None
         if text or self.finished:
-            self._post(Piece(text, self._tokens, finish_reason))
+            mean = self._logprob / self._logprobs if self._logprobs else None
+            self._post(Piece(text, self._tokens, finish_reason, mean))
 
-    def choose(self, label: str, tokens: int) -> None:
+    def choose(self, label: str, tokens: int, mean_logprob: float) -> None:
         """Take a whole answer."""
         self._tokens, self.finished = tokens, True
-        self._post(Piece(self._stops.push(label) + self._stops.finish(), tokens, "stop"))
+        self._post(Piece(self._stops.push(label) + self._stops.finish(), tokens, "stop", mean_logprob))
 
     def too_late(self) -> ApiError:
         return ApiError(
@@ -702,20 +710,22 @@ class Engine:
             waiting = self._waiting.pop(version)
             requests = [waiting.popleft() for _ in range(min(LABEL_ROWS, len(waiting)))]
             self._waiting[version] = waiting  # behind the others now
-        from ml_assets.engine.scoring import choose_labels
+        from ml_assets.engine.scoring import label_log_probs
 
         start = time.monotonic()
         names, tokens = list(version.labels), list(version.labels.values())
         prompts = [request.prompt for request in requests]
         try:
             adapters = [version.adapter_digest] * len(prompts)
-            chosen = choose_labels(version.ready.base, prompts, tokens, adapters)
+            scores = label_log_probs(version.ready.base, prompts, tokens, adapters)
         except Exception as error:
             self._fail(version, requests, error)
             return
-        for request, label in zip(requests, chosen, strict=True):
+        for request, score in zip(requests, scores, strict=True):
             if not request.cancelled:
-                request.choose(names[label].strip(), len(tokens[label]) - 1)
+                label = int(score.argmax())
+                mean = float(score[label]) / len(tokens[label])
+                request.choose(names[label].strip(), len(tokens[label]) - 1, mean)
         self._pace.add(len(requests), len(requests), time.monotonic() - start)
 
     def _fail(self, version: Version, requests: Sequence[Generation], error: Exception) -> None:

@@ -29,7 +29,7 @@ ADMIN_KEY_FILE = "gateway-admin.key"
 @dataclass(frozen=True)
 class KeyInfo:
     """A key without its secret. `scopes` are customization names, `*` for every customization, and `admin`.
-    Times are UTC in ISO 8601."""
+    Times are UTC in ISO 8601. Of the requests of an `unlogged` key nothing but their number is stored."""
 
     id: str
     name: str
@@ -37,6 +37,7 @@ class KeyInfo:
     created_at: str
     expires_at: str | None
     revoked_at: str | None
+    unlogged: bool = False
 
     def may_use(self, customization: str) -> bool:
         return EVERY in self.scopes or (customization in self.scopes and customization != ADMIN)
@@ -51,7 +52,12 @@ class KeyInfo:
 
 
 def create(
-    ledger: Ledger, scopes: Sequence[str], *, name: str = "", expires_at: datetime | None = None
+    ledger: Ledger,
+    scopes: Sequence[str],
+    *,
+    name: str = "",
+    expires_at: datetime | None = None,
+    unlogged: bool = False,
 ) -> tuple[str, KeyInfo]:
     """A new key: (the key, to be shown once; what is known about it).
 
@@ -78,6 +84,7 @@ def create(
         "created_at": now(),
         "expires_at": expires_at and expires_at.astimezone(UTC).isoformat(timespec="microseconds"),
         "revoked_at": None,
+        "unlogged": unlogged,
     }
     with ledger.engine.begin() as connection:
         connection.execute(sa.insert(api_keys).values(row))
@@ -148,7 +155,7 @@ def ensure_admin_key(ledger: Ledger, path: Path) -> str:
 
 def _info(row: sa.RowMapping) -> KeyInfo:
     values = {name: row[name] for name in ("id", "name", "created_at", "expires_at", "revoked_at")}
-    return KeyInfo(**values, scopes=tuple(row["scopes"]))
+    return KeyInfo(**values, scopes=tuple(row["scopes"]), unlogged=bool(row["unlogged"]))
 
 
 def _hash(key: str) -> str:

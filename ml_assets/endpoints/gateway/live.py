@@ -45,6 +45,7 @@ class Live:
             request.temperature,
             request.top_p,
             request.seed,
+            scored=True,
         )
         if len(self.requests) >= ROWS:
             return False
@@ -59,7 +60,7 @@ class Live:
         events = self.decoder.step()
         for row, token, reason in events:
             request = self.requests[row]
-            request.feed(token, reason)
+            request.feed(token, reason, row.logprob)
             if request.finished:
                 self._drop(row)
         return len(events)

@@ -56,6 +56,19 @@ class Metrics:
             ["customization", "adapter", "base"],
             registry=self.registry,
         )
+        self.traffic = Counter(
+            "evergreen_traffic_records",
+            "Requests by what became of their record: stored, unlogged (the key wants nothing stored), "
+            "dropped (the queue was full), refused (it could not be stored)",
+            ["customization", "outcome"],
+            registry=self.registry,
+        )
+        self.feedback = Counter(
+            "evergreen_feedback",
+            "Feedback that was stored",
+            ["customization", "rating", "right_answer"],
+            registry=self.registry,
+        )
         self.replicas = Gauge(
             "evergreen_vllm_replicas",
             "vLLM servers that answer for a customization: loaded and verified",

@@ -12,6 +12,8 @@ from ml_assets.settings import EngineName
 
 MAX_MESSAGES = 1000
 MAX_STOPS = 4
+MAX_METADATA, MAX_METADATA_KEY, MAX_METADATA_VALUE = 16, 64, 512
+MAX_RIGHT_ANSWER = 32_768
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
@@ -115,6 +117,20 @@ class ChatRequest(Body):
             raise ValueError("expected strings that are not empty")
         return stop
 
+    @field_validator("metadata")
+    @classmethod
+    def _metadata(cls, metadata: dict[str, str] | None) -> dict[str, str] | None:
+        if metadata is not None and len(metadata) > MAX_METADATA:
+            raise ValueError(f"expected at most {MAX_METADATA} pairs, found {len(metadata)}")
+        for key, value in (metadata or {}).items():
+            if len(key) > MAX_METADATA_KEY:
+                raise ValueError(f"expected keys of at most {MAX_METADATA_KEY} characters, found {len(key)}")
+            if len(value) > MAX_METADATA_VALUE:
+                raise ValueError(
+                    f"expected values of at most {MAX_METADATA_VALUE} characters, found {len(value)}"
+                )
+        return metadata
+
     @model_validator(mode="after")
     def _options_of_a_stream(self) -> "ChatRequest":
         if self.stream_options is not None and not self.stream:
@@ -123,6 +139,20 @@ class ChatRequest(Body):
 
     def stops(self) -> list[str]:
         return [self.stop] if isinstance(self.stop, str) else list(self.stop or [])
+
+
+class FeedbackRequest(Body):
+    """POST /v1/feedback: what a user says about the answer with this id."""
+
+    id: str = Field(min_length=1, max_length=64)
+    rating: Literal["up", "down"] | None = None
+    right_answer: str | None = Field(default=None, min_length=1, max_length=MAX_RIGHT_ANSWER)
+
+    @model_validator(mode="after")
+    def _says_something(self) -> "FeedbackRequest":
+        if self.rating is None and self.right_answer is None:
+            raise ValueError("expected a rating, a right_answer, or both")
+        return self
 
 
 class StageRequest(Body):

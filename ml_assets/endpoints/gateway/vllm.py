@@ -639,6 +639,7 @@ class VllmEngine:
             "seed": request.seed & (2**63 - 1),
             "stop_token_ids": sorted(stops),
             "stream": True,
+            "logprobs": 0,  # of the chosen tokens alone
             "return_token_ids": True,
         }
         work, path = self._work[request], "/v1/completions"
@@ -680,14 +681,19 @@ def _feed(request: Generation, choice: Mapping[str, Any], stops: frozenset[int])
     if reason not in (None, "stop", "length"):
         raise ReplicaLost(f"the answer ended with {reason!r}")
     tokens = list(choice.get("token_ids") or ())
+    logprobs = list((choice.get("logprobs") or {}).get("token_logprobs") or ())
+    if len(logprobs) != len(tokens):
+        logprobs = [None] * len(tokens)
+    last = None
     if reason == "stop" and tokens and tokens[-1] in stops:
         tokens.pop()
-    for i, token in enumerate(tokens):
-        request.feed(token, reason if reason == "length" and i == len(tokens) - 1 else None)
+        last = logprobs.pop()
+    for i, (token, logprob) in enumerate(zip(tokens, logprobs, strict=True)):
+        request.feed(token, reason if reason == "length" and i == len(tokens) - 1 else None, logprob)
         if request.finished:  # at a stop string
             return
     if reason and not request.finished:
-        request.feed(None, reason)
+        request.feed(None, reason, last)
 
 
 def _deviation(fingerprint: Mapping[str, Any], measured: Mapping[str, Sequence[float]]) -> float:
