@@ -26,7 +26,7 @@ PAST = 30
 """Earlier decisions that a new one takes into account."""
 
 CHECKS = {
-    "no_confirmed_loss": "As far as the traffic tells, the champion answers as well as on the evaluation rows.",
+    "no_confirmed_loss": "The champion answers the traffic as well as its evaluation rows.",
     "within_budget": "What was decided may be paid for.",
 }
 
@@ -225,9 +225,7 @@ def _line(history: History) -> dict[str, str]:
     }
 
 
-def _checks(
-    key: dg.AssetKey, decision: Decision
-) -> list[dg.AssetCheckResult]:
+def _checks(key: dg.AssetKey, decision: Decision) -> list[dg.AssetCheckResult]:
     harm = decision.seen.get("kind") in ("loss", "unknown_loss")
     blocked = decision.status == "blocked_by_budget"
     return [

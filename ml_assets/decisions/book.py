@@ -363,6 +363,12 @@ class DecisionBook:
                     body = json.dumps(dataclasses.asdict(alert))
                     connection.execute(sa.insert(_alerts).values(id=alert.id, body=body, at=alert.at))
 
+    def unknown_alerts(self, ids: Collection[str]) -> set[str]:
+        """Those of the ids that were not raised yet."""
+        query = sa.select(_alerts.c.id).where(_alerts.c.id.in_(ids))
+        with self._engine.connect() as connection:
+            return set(ids) - set(connection.execute(query).scalars())
+
     def undelivered(self, limit: int = 20) -> list[Alert]:
         """Alerts that nobody got yet, oldest first."""
         done = sa.select(_delivered.c.alert_id)

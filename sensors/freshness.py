@@ -1,0 +1,122 @@
+"""Notices what is behind: a source with other rows, a dataset past its age, an endpoint that lags."""
+
+from collections.abc import Mapping, Sequence
+
+import dagster as dg
+
+from ml_assets.decisions.asset import CUSTOMIZATION_TAG
+from ml_assets.decisions.book import DecisionBook
+from ml_assets.decisions.diagnosis import Policy, predict
+from ml_assets.decisions.records import NOTHING, Alert, Decision, Note
+from ml_assets.decisions.staleness import Stale, find_stale, observe_due, to_decision
+from ml_assets.endpoints.ledger import Ledger, Release, now
+from ml_assets.settings import Settings
+from ml_assets.spec import CustomizationSpec
+from resources.ledger import LedgerResource
+from sensors.dispatch import RUNS_PER_TICK, dispatch, listing, tick_result
+
+Job = dg.JobDefinition | dg.UnresolvedAssetJobDefinition
+NEW_PER_TICK = 100
+"""Decisions that a tick makes; each reads what trainings of its customization cost."""
+
+
+def build_stale_data_sensor(
+    specs: Sequence[CustomizationSpec], jobs: Sequence[Job], **limits: object
+) -> dg.SensorDefinition:
+    """The sensor over all customizations: looks at sources, refreshes, rebuilds, releases."""
+    by_name = {spec.name: spec for spec in specs}
+
+    @dg.sensor(
+        name="stale_data",
+        jobs=jobs,
+        minimum_interval_seconds=60,
+        default_status=dg.DefaultSensorStatus.RUNNING,
+        description="Three ways to be behind, three actions: a source that has other rows is followed by the "
+        "main job, a dataset past its age is built again, an endpoint that lags behind its newest accepted "
+        "adapter releases it. Sources are looked at as often as `freshness.source` says.",
+    )
+    def stale_data(context: dg.SensorEvaluationContext, ledger: LedgerResource) -> dg.SensorResult:
+        with ledger.opened() as opened:
+            book, at = DecisionBook(opened), now()
+            notes, serving = book.notes(), opened.current_all()
+            made = _decide(opened, by_name, notes, serving, at)
+            done = dispatch(
+                context.instance,
+                opened,
+                by_name,
+                ("refresh_source", "extend_dataset", "release"),
+                serving,
+                **limits,  # type: ignore[arg-type]
+            )
+        looks = [
+            (name, due)
+            for name, spec in by_name.items()
+            if (due := observe_due(spec, notes.get(name, {}), at)) is not None
+        ]
+        room = max(0, RUNS_PER_TICK - len(done.requests))
+        observe = [
+            dg.RunRequest(
+                run_key=f"{name}:observe:{due}",  # once in an interval, whatever becomes of it
+                job_name=f"{name}__observe",
+                tags={CUSTOMIZATION_TAG: name},
+            )
+            for name, due in looks[:room]
+        ]
+        lines = [*done.lines]
+        lines += [f"{d.customization}: {d.action} ({d.status}): {d.diagnosis}" for d in made]
+        if looks:
+            lines.append(f"looking at the source of {listing([name for name, _ in looks])}")
+        if not lines:
+            lines.append(f"{len(by_name)} customizations are up to date with what is known of their sources")
+        return tick_result(context, [*done.requests, *observe], lines, events=done.events)
+
+    return stale_data
+
+
+def _decide(
+    ledger: Ledger,
+    specs: Mapping[str, CustomizationSpec],
+    notes: Mapping[str, Mapping[str, Note]],
+    serving: Mapping[str, Release],
+    at: str,
+) -> list[Decision]:
+    """Record what is new; gives back what was recorded now."""
+    book, settings = DecisionBook(ledger), Settings.from_env()
+    found: list[tuple[CustomizationSpec, Stale, Policy, Decision]] = []
+    for name, spec in specs.items():
+        known = notes.get(name, {})
+        stale = find_stale(spec, known, serving.get(name), at)
+        if stale:
+            policy = Policy.of(spec, settings)
+            for one in stale:
+                digest = _dataset(known, one)
+                bare = to_decision(name, one, digest, serving.get(name), policy, None, NOTHING, NOTHING)
+                found.append((spec, one, policy, bare))
+    recorded = book.known([decision.id for *_, decision in found])
+    made = []
+    for spec, one, policy, bare in [entry for entry in found if entry[3].id not in recorded][:NEW_PER_TICK]:
+        seconds, month = None, at[:7]
+        if one.action == "refresh_source":
+            rows = (
+                int(notes[spec.name]["dataset"].value["train_rows"]) if "dataset" in notes[spec.name] else 0
+            )
+            seconds = predict(book.costs(spec.name), rows, 0, 0.0)["refresh_source"]
+        spent = book.spent(spec.name, month) + book.reserved(spec.name, policy.price)
+        fleet = book.spent(None, month) + book.reserved(None, policy.price)
+        release = serving.get(spec.name)
+        decision = to_decision(spec.name, one, bare.dataset_digest, release, policy, seconds, spent, fleet)
+        made.append(book.record(decision))
+        if decision.status == "blocked_by_budget":
+            title = f"{spec.name}: {decision.action} is blocked by the budget"
+            alert_id = f"blocked_by_budget:{decision.id}"
+            text = f"{decision.diagnosis} {decision.reason}"
+            book.alert(Alert(alert_id, title, text, customization=spec.name))
+    return made
+
+
+def _dataset(notes: Mapping[str, Note], stale: Stale) -> str:
+    """Digest of the dataset that a decision is about. One that follows a candidate keeps its dataset, so that
+    a run that built another and then failed does not make it a new decision."""
+    if stale.action != "extend_dataset" and "candidate" in notes:
+        return str(notes["candidate"].value["dataset"])
+    return str(notes["dataset"].value["digest"]) if "dataset" in notes else ""
