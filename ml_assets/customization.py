@@ -30,6 +30,7 @@ from ml_assets.mistakes import (
     validate,
 )
 from ml_assets.spec import BaseModelsSpec, CustomizationSpec, PythonMetric, PythonSource
+from ml_assets.traffic.asset import build_traffic_asset
 from sensors.base_updates import build_base_updates_sensor
 from sensors.schedules import build_schedules
 
@@ -249,7 +250,10 @@ class Customization(dg.Component):
             build_eval_report_asset(spec, root),
             build_endpoint_asset(spec),
         ]
-        source, watched = build_source_asset(spec, root), [build_decision_asset(spec)]
+        source, watched = (
+            build_source_asset(spec, root),
+            [build_traffic_asset(spec), build_decision_asset(spec)],
+        )
         jobs = {
             "main": self._job(
                 "main",

@@ -34,8 +34,8 @@ def build_feedback_quality_sensor(
         minimum_interval_seconds=60,
         default_status=dg.DefaultSensorStatus.RUNNING,
         description="Tells people when one key gives most of the feedback, when right answers contradict "
-        "one another, when one key disagrees with everything, or when feedback comes in a flood. What one key "
-        "may give to training is capped by `feedback.max_share_per_key` in any case.",
+        "one another, when one key disagrees with everything, or when feedback comes in a flood. What one "
+        "key may give to training is capped by `feedback.max_share_per_key` in any case.",
     )
     def feedback_quality(
         context: dg.SensorEvaluationContext, ledger: LedgerResource, traffic_log: TrafficLogResource

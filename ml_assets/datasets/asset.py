@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import dagster as dg
+from sqlalchemy.exc import InterfaceError, OperationalError
 
 from ml_assets.datasets.build import build_dataset
 from ml_assets.datasets.checks import check_specs, dataset_checks
@@ -16,7 +17,9 @@ from ml_assets.datasets.snapshot import CODE_VERSION, SnapshotError, load_manife
 from ml_assets.datasets.sources import SourceError, describe, read_source
 from ml_assets.settings import Settings
 from ml_assets.spec import CustomizationSpec
+from ml_assets.traffic.store import NewerSchema
 from resources.artifact_store import ARTIFACT_REF, ArtifactStoreResource
+from resources.traffic_log import TrafficLogResource
 
 SAMPLE = 8
 """Rows of each side in the sample table."""
@@ -31,6 +34,13 @@ REASONS = {
     "leak_exact": "training row with the input of an evaluation row",
     "leak_near": "training row that is nearly an evaluation row",
     "leak_group": "training row of a group that evaluates",
+    "feedback_unusable": "right answer that does not have the form of the prompt, or question that has not",
+    "feedback_repeats": "right answer that the source, or other feedback, has already",
+    "feedback_conflict": "right answer that contradicts the source on nearly the same input",
+    "feedback_distrusted": "right answer of a key that contradicts the source too often",
+    "feedback_share": "right answer beyond its key's share (feedback.max_share_per_key)",
+    "feedback_disagrees": "right answer that contradicts other feedback on nearly the same input",
+    "feedback_own_answer": "the model's own answer, which may train but not evaluate",
     "parent_without_column": "evaluation row of the snapshot before, without a column that the prompt needs",
 }
 
@@ -95,19 +105,22 @@ def build_dataset_asset(spec: CustomizationSpec, root: Path) -> dg.AssetsDefinit
         deps=[source_key],
         description=(
             f"Snapshot of the rows of **{spec.name}**: personal data replaced, duplicates and contradictions "
-            f"removed, {spec.dataset.evaluation_share:.0%} held out for evaluation by hash. Evaluation rows "
+            f"removed, right answers of users added, {spec.dataset.evaluation_share:.0%} held out for "
+            "evaluation by hash. Evaluation rows "
             f"are kept for ever; a row never changes sides. {spec.description}"
         ),
         group_name=spec.name,
         owners=spec.owners,
         kinds={"parquet"},
         tags={"customization": spec.name},
-        code_version=spec.version(CODE_VERSION, "source", "dataset", "prompt"),
+        code_version=spec.version(CODE_VERSION, "source", "dataset", "prompt", "feedback"),
         freshness_policy=dg.FreshnessPolicy.time_window(fail_window=_duration(fresh)) if fresh else None,
         check_specs=check_specs(key),
     )
     def dataset(
-        context: dg.AssetExecutionContext, artifact_store: ArtifactStoreResource
+        context: dg.AssetExecutionContext,
+        artifact_store: ArtifactStoreResource,
+        traffic_log: TrafficLogResource,
     ) -> Iterator[dg.MaterializeResult | dg.AssetCheckResult]:
         def accept(record: Mapping[str, Any]) -> None:
             results = dataset_checks(key, spec, record)
@@ -116,7 +129,8 @@ def build_dataset_asset(spec: CustomizationSpec, root: Path) -> dg.AssetsDefinit
 
         store = artifact_store.store()
         try:
-            built = build_dataset(spec, root, Settings.from_env(), store, accept)
+            judged = traffic_log.feedback(spec.name) if spec.feedback.use == "labels" else []
+            built = build_dataset(spec, root, Settings.from_env(), store, accept, judged)
         except Refused as error:
             yield from error.results
             raise dg.Failure(
@@ -126,6 +140,12 @@ def build_dataset_asset(spec: CustomizationSpec, root: Path) -> dg.AssetsDefinit
             ) from error
         except (SourceError, SnapshotError, RedactionUnavailable) as error:
             raise dg.Failure(str(error), allow_retries=isinstance(error.__cause__, OSError)) from error
+        except (OperationalError, InterfaceError, NewerSchema) as error:
+            # without it the rows that came from feedback would go, as if they had never been there
+            raise dg.Failure(
+                f"the feedback can't be read, expected the database at EVERGREEN_TRAFFIC_URL: {error}",
+                allow_retries=not isinstance(error, NewerSchema),
+            ) from error
         if built.reused:
             context.log.info(f"{built.ref}: the source is as it was, nothing to do")
         # what was read just now is the version that this dataset is of: else the UI calls it stale at once
@@ -171,6 +191,12 @@ def _findings(record: Mapping[str, Any]) -> dict[str, Any]:
         "removed_rows": sum(record["removed"].values()),
         "redacted": sum(record["redacted"].values()),
     }
+    if said := record.get("feedback"):
+        metadata |= {
+            "feedback_given": said["given"],
+            "feedback_rows": said["rows"]["feedback"],
+            "feedback_rows_with_the_models_own_answer": said["rows"]["champion"],
+        }
     tables = {
         "removed": [
             {"reason": reason, "rows": number, "what": REASONS[reason]}

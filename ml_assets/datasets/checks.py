@@ -22,7 +22,11 @@ WARNING = {
     "both sides (classification only).",
     "bad_rows": "Every row of the source could be used.",
     "conflicting_labels": "No input has several targets.",
+    "feedback": "What users say is right contradicts neither the source nor other users, and no API key gave "
+    "more than its share.",
 }
+SUSPICIOUS = ("feedback_conflict", "feedback_disagrees", "feedback_distrusted", "feedback_share")
+"""Reasons why a right answer was left out that somebody should look at."""
 
 
 def check_specs(asset: dg.AssetKey) -> list[dg.AssetCheckSpec]:
@@ -65,6 +69,7 @@ def dataset_checks(
             "out",
             {},
         ),
+        "feedback": _feedback(record.get("feedback") or {}, removed),
     }
     return [
         dg.AssetCheckResult(
@@ -77,6 +82,19 @@ def dataset_checks(
         )
         for name, (passed, text, metadata) in findings.items()
     ]
+
+
+def _feedback(said: Mapping[str, Any], removed: Mapping[str, int]) -> tuple[bool, str, dict[str, Any]]:
+    suspicious = {reason: removed[reason] for reason in SUSPICIOUS if removed.get(reason)}
+    if not said:
+        return True, "no right answers from users", {}
+    text = f"{said['given']} right answers from users, {sum(said['rows'].values())} in the rows"
+    if suspicious:
+        text += "; left out: " + ", ".join(f"{number} {reason}" for reason, number in suspicious.items())
+    if liars := [key for key, state in said["keys"].items() if not state["believed"]]:
+        text += f"; keys that are not believed: {', '.join(sorted(liars))}"
+    table = [dg.TableRecord({"key": key, **state}) for key, state in sorted(said["keys"].items())]
+    return not suspicious, text, {"keys": dg.MetadataValue.table(table)} if table else {}
 
 
 def _class_balance(

@@ -6,7 +6,7 @@ changed word in a short command (which is another command) does not.
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from zlib import crc32
 
 SHINGLE = 5
@@ -57,6 +57,10 @@ class NearIndex:
 
     def find(self, item: Shingles, group: str = "") -> str | None:
         """The key of a similar text, the first one added; or None."""
+        return next(self.similar(item, group), None)
+
+    def similar(self, item: Shingles, group: str = "") -> Iterator[str]:
+        """The keys of all similar texts, in the order in which they were added."""
         candidates: set[int] = set()
         for shingle in self._prefix(item):
             candidates.update(self.index.get((group, shingle), ()))
@@ -64,8 +68,7 @@ class NearIndex:
         for number in sorted(candidates):
             other = self.items[number]
             if low <= len(other) <= high and jaccard(item, other) >= self.threshold:
-                return self.keys[number]
-        return None
+                yield self.keys[number]
 
     def _prefix(self, item: Shingles) -> list[str]:
         length = len(item) - math.ceil(self.threshold * len(item) - 1e-9) + 1

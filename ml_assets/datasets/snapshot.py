@@ -4,12 +4,13 @@ import json
 import re
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from ml_assets.artifacts import canonical_json, sha256_bytes
+from ml_assets.datasets.admission import Said, admit
 from ml_assets.datasets.duplicates import NearIndex, count_leaks, fold, shingles
 from ml_assets.datasets.redaction import redactor
 from ml_assets.datasets.sources import BadRow, SourceRows, describe
@@ -33,7 +34,8 @@ class SnapshotError(ValueError):
 class Snapshot:
     """Rows of both sides, sorted by `_row`, and what happened on the way.
 
-    `removed` counts rows by reason, `examples` shows some of them, `measured` is what the checks judge.
+    `removed` counts rows by reason, `examples` shows some of them, `measured` is what the checks judge,
+    `feedback` what became of the right answers of users (empty where there were none).
     """
 
     train: list[Row]
@@ -43,10 +45,18 @@ class Snapshot:
     redacted: dict[str, int]
     examples: list[dict[str, str]] = field(default_factory=list)
     measured: dict[str, Any] = field(default_factory=dict)
+    feedback: dict[str, Any] = field(default_factory=dict)
 
 
-def build_snapshot(spec: CustomizationSpec, source: SourceRows, parent: list[Row] | None = None) -> Snapshot:
-    """The snapshot of a source. It depends on the multiset of rows, the spec and `parent` only.
+def build_snapshot(
+    spec: CustomizationSpec,
+    source: SourceRows,
+    parent: list[Row] | None = None,
+    feedback: Sequence[Said] = (),
+) -> Snapshot:
+    """The snapshot of a source and of right answers from users. It depends on the multiset of rows, the spec,
+    `parent` and `feedback` only. Where a row of it came from feedback, all have a column `_origin`: `source`,
+    `feedback`, or `champion` for a right answer that is the model's own.
 
     Args:
         parent: evaluation rows of the snapshot before this one: they are kept, also when the source dropped
@@ -59,6 +69,7 @@ def build_snapshot(spec: CustomizationSpec, source: SourceRows, parent: list[Row
     rows = state.redact(rows)
     rows = state.drop_repeats(rows)
     frozen = state.keep_parent(parent or [], rows)
+    rows += state.admit_feedback(feedback, [*rows, *frozen])
     rows = state.drop_conflicts(rows, frozen)
     train = [row for row in rows if not is_evaluation(state.split_key(row), spec.dataset.evaluation_share)]
     evaluation = frozen + [
@@ -67,6 +78,8 @@ def build_snapshot(spec: CustomizationSpec, source: SourceRows, parent: list[Row
     evaluation = list({row["_row"]: row for row in reversed(evaluation)}.values())
     train = state.drop_leaks(train, evaluation)
     train = state.drop_near_duplicates(train)
+    if any("_origin" in row for row in [*train, *evaluation]):
+        train, evaluation = ([{"_origin": "source", **row} for row in side] for side in (train, evaluation))
     snapshot = Snapshot(
         train=sorted(({**row, "_split": "train"} for row in train), key=lambda row: row["_row"]),
         evaluation=sorted(
@@ -78,6 +91,13 @@ def build_snapshot(spec: CustomizationSpec, source: SourceRows, parent: list[Row
         examples=state.examples,
     )
     snapshot.measured = state.measure(snapshot, frozen)
+    if feedback:
+        origins = Counter(row.get("_origin", "source") for row in [*snapshot.train, *snapshot.evaluation])
+        snapshot.feedback = {
+            "given": len(feedback),
+            "rows": {name: origins[name] for name in ("feedback", "champion")},
+            "keys": state.feedback_keys,
+        }
     return snapshot
 
 
@@ -86,8 +106,8 @@ def write_snapshot(snapshot: Snapshot, directory: Path, manifest: Mapping[str, A
     import pyarrow
     import pyarrow.parquet
 
-    names = [*snapshot.columns, "_row", "_split"]
     rows = sorted([*snapshot.train, *snapshot.evaluation], key=lambda row: row["_row"])
+    names = [*snapshot.columns, "_row", "_split", *(["_origin"] if rows and "_origin" in rows[0] else [])]
     table = pyarrow.table(
         {name: pyarrow.array([row[name] for row in rows], pyarrow.string()) for name in names}
     )
@@ -105,7 +125,7 @@ def write_snapshot(snapshot: Snapshot, directory: Path, manifest: Mapping[str, A
 
 def load_rows(directory: Path, split: str) -> list[Row]:
     """Rows of one side (`train` or `evaluation`) of a dataset artifact, sorted by `_row`: the columns as
-    strings, `_row` and `_split`."""
+    strings, `_row`, `_split`, and `_origin` where some rows came from feedback."""
     import pyarrow.parquet
 
     if split not in ("train", "evaluation"):
@@ -123,6 +143,7 @@ def build_manifest(
 ) -> dict[str, Any]:
     """What a snapshot is, for those who read it without this code. `parent` is the digest of the snapshot
     whose evaluation rows it kept."""
+    said = {"feedback": snapshot.feedback} if snapshot.feedback else {}
     return {
         "customization": spec.name,
         "rows": {"train": len(snapshot.train), "evaluation": len(snapshot.evaluation)},
@@ -138,6 +159,7 @@ def build_manifest(
         },
         "measured": snapshot.measured,
         "code_version": CODE_VERSION,
+        **said,
     }
 
 
@@ -167,6 +189,7 @@ class _Builder:
         self.redacted: Counter[str] = Counter()
         self.examples: list[dict[str, str]] = []
         self.conflicts = 0
+        self.feedback_keys: dict[str, dict[str, Any]] = {}
 
     # -- what a row is ---------------------------------------------------------------------------------
 
@@ -279,9 +302,44 @@ class _Builder:
             if any(not row.get(column) for column in self.template_columns):
                 self.removed["parent_without_column"] += 1
                 continue
-            frozen.append({column: row.get(column, "") for column in self.spec.columns()})
+            kept = {column: row.get(column, "") for column in self.spec.columns()}
+            if row.get("_origin", "source") != "source":
+                kept["_origin"] = row["_origin"]
+            frozen.append(kept)
         frozen = self.redact(frozen)  # the rules may have become stricter
         return [today.get(row["_row"], row) for row in frozen]
+
+    def admit_feedback(self, feedback: Sequence[Said], known: list[Row]) -> list[Row]:
+        """The right answers of users that join. The model's own answers train, but never evaluate: they would
+        say that it is right."""
+        said: list[Said] = []
+        for one in feedback:
+            row = {column: normalize(one.row.get(column)) for column in self.spec.columns()}
+            if reason := self._fault(row, row):
+                self.remove("feedback_unusable", row, reason)
+            else:
+                said.append(replace(one, row=row))
+        clean = self.redact([one.row for one in said])
+        said = [replace(one, row=row) for one, row in zip(said, clean, strict=True)]
+        spec = self.spec
+        admitted = admit(
+            said,
+            known,
+            spec.feedback,
+            spec.dataset.near_duplicate,
+            self.input_text,
+            self.target_text,
+            self.remove,
+        )
+        self.feedback_keys = admitted.keys
+        joined: dict[str, Row] = {}
+        for one in admitted.rows:
+            evaluates = is_evaluation(self.split_key(one.row), spec.dataset.evaluation_share)
+            if one.origin == "champion" and evaluates:
+                self.remove("feedback_own_answer", one.row, "it would evaluate")
+            else:
+                joined[one.row["_row"]] = one.row | {"_origin": one.origin}
+        return list(joined.values())
 
     def drop_conflicts(self, rows: list[Row], frozen: list[Row]) -> list[Row]:
         """Drop rows of an input that has several targets: nobody can learn or score them. A frozen row

@@ -244,6 +244,18 @@ class TrafficLog:
         with self.engine.connect() as connection:
             return [TrafficRecord(**row) for row in connection.execute(query).mappings()]
 
+    def newest(self, customization: str, limit: int) -> list[TrafficRecord]:
+        """The last `limit` requests of a customization, by seq."""
+        query = (
+            sa.select(_requests)
+            .where(_requests.c.customization == customization)
+            .order_by(_requests.c.seq.desc())
+            .limit(limit)
+        )
+        with self.engine.connect() as connection:
+            rows = connection.execute(query).mappings().all()
+        return [TrafficRecord(**row) for row in reversed(rows)]
+
     def request(self, request_id: str) -> TrafficRecord | None:
         """One request by the id of its response."""
         with self.engine.connect() as connection:
@@ -251,9 +263,9 @@ class TrafficLog:
             found = row.first()
         return TrafficRecord(**found) if found else None
 
-    def feedback(self, customization: str, after_seq: int = 0) -> list[Judged]:
+    def feedback(self, customization: str, after_seq: int = 0, from_seq: int | None = None) -> list[Judged]:
         """Requests of a customization with what was said about each last, where the seq of the feedback is
-        larger than `after_seq`; by that seq."""
+        larger than `after_seq`, and that of the request at least `from_seq`; by the seq of the feedback."""
         said = [column.label(f"feedback_{column.name}") for column in _feedback.c]
         query = (
             sa.select(_requests, *said)
@@ -261,6 +273,8 @@ class TrafficLog:
             .where(_feedback.c.customization == customization, _feedback.c.seq > after_seq)
             .order_by(_feedback.c.seq)
         )
+        if from_seq is not None:
+            query = query.where(_requests.c.seq >= from_seq)
         with self.engine.connect() as connection:
             rows = connection.execute(query).mappings().all()
         return [
