@@ -15,7 +15,8 @@ from ml_assets.adapters.asset import build_adapter_asset
 from ml_assets.base_models.asset import build_base_model_asset
 from ml_assets.datasets.asset import build_dataset_asset, build_source_asset
 from ml_assets.datasets.sources import source_columns
-from ml_assets.decisions.asset import CUSTOMIZATION_TAG, build_decision_asset
+from ml_assets.decisions.asset import build_decision_asset
+from ml_assets.decisions.tags import CUSTOMIZATION_TAG
 from ml_assets.endpoints.asset import build_endpoint_asset
 from ml_assets.eval_reports.asset import build_eval_report_asset
 from ml_assets.mistakes import (

@@ -14,10 +14,11 @@ import dagster as dg
 from dagster._core.storage.tags import AUTO_RETRY_RUN_ID_TAG, WILL_RETRY_TAG
 
 from ml_assets.base_models.partitions import BASE_MODELS
-from ml_assets.decisions.asset import CUSTOMIZATION_TAG, DECISION_TAG, asset_url
+from ml_assets.decisions.asset import asset_url
 from ml_assets.decisions.book import DecisionBook
 from ml_assets.decisions.diagnosis import Policy, again, escalated, predict
 from ml_assets.decisions.records import Action, Alert, Decision
+from ml_assets.decisions.tags import ACTION_TAG, CUSTOMIZATION_TAG, DECISION_TAG
 from ml_assets.endpoints.ledger import Ledger, Release, now
 from ml_assets.settings import Settings
 from ml_assets.spec import CustomizationSpec
@@ -97,7 +98,7 @@ def dispatch(
 def run_request(decision: Decision) -> dg.RunRequest:
     """The run of a decision. Its key is made of evidence, dataset, policy and attempt."""
     name = decision.customization
-    tags = {DECISION_TAG: decision.id, CUSTOMIZATION_TAG: name, "evergreen/action": decision.action}
+    tags = {DECISION_TAG: decision.id, CUSTOMIZATION_TAG: name, ACTION_TAG: decision.action}
     job, assets, partition, config = f"{name}__main", None, decision.base_revision, None
     match decision.action:
         case "extend_dataset":

@@ -6,9 +6,9 @@ from dataclasses import asdict, dataclass
 
 import dagster as dg
 
-from ml_assets.decisions.asset import CUSTOMIZATION_TAG
 from ml_assets.decisions.book import DecisionBook
 from ml_assets.decisions.records import MAX_ATTEMPTS, Note
+from ml_assets.decisions.tags import CUSTOMIZATION_TAG
 from ml_assets.endpoints.ledger import Release
 from ml_assets.spec import CustomizationSpec
 from ml_assets.traffic.store import Head

@@ -11,9 +11,9 @@ import dagster as dg
 from ml_assets.adapters.fingerprint import matches
 from ml_assets.artifacts import ArtifactError, ArtifactStore
 from ml_assets.cli.supervisor import ask_for_restart
-from ml_assets.decisions.asset import CUSTOMIZATION_TAG
 from ml_assets.decisions.book import DecisionBook
 from ml_assets.decisions.records import Alert
+from ml_assets.decisions.tags import ACTION_TAG, CUSTOMIZATION_TAG
 from ml_assets.endpoints.gateway.client import GatewayClient, GatewayError
 from ml_assets.endpoints.ledger import Release, now
 from ml_assets.endpoints.release import read_fingerprint
@@ -96,7 +96,7 @@ def build_endpoint_health_sensor(
                             run_key=key,
                             job_name=f"{name}__main",
                             asset_selection=[dg.AssetKey([name, "endpoint"])],
-                            tags={CUSTOMIZATION_TAG: name, "evergreen/action": "serve_again"},
+                            tags={CUSTOMIZATION_TAG: name, ACTION_TAG: "serve_again"},
                         )
                     )
         if not away and not wrong:

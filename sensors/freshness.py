@@ -4,11 +4,11 @@ from collections.abc import Mapping, Sequence
 
 import dagster as dg
 
-from ml_assets.decisions.asset import CUSTOMIZATION_TAG
 from ml_assets.decisions.book import DecisionBook
 from ml_assets.decisions.diagnosis import Policy, predict
 from ml_assets.decisions.records import NOTHING, Alert, Decision, Note
 from ml_assets.decisions.staleness import Stale, find_stale, observe_due, to_decision
+from ml_assets.decisions.tags import CUSTOMIZATION_TAG
 from ml_assets.endpoints.ledger import Ledger, Release, now
 from ml_assets.settings import Settings
 from ml_assets.spec import CustomizationSpec
@@ -117,6 +117,7 @@ def _decide(
 def _dataset(notes: Mapping[str, Note], stale: Stale) -> str:
     """Digest of the dataset that a decision is about. One that follows a candidate keeps its dataset, so that
     a run that built another and then failed does not make it a new decision."""
-    if stale.action != "extend_dataset" and "candidate" in notes:
-        return str(notes["candidate"].value["dataset"])
+    subject = {"release": "accepted", "refresh_source": "candidate"}.get(stale.action)
+    if subject in notes:
+        return str(notes[subject].value["dataset"])
     return str(notes["dataset"].value["digest"]) if "dataset" in notes else ""

@@ -8,9 +8,9 @@ import httpx
 from dagster._core.storage.tags import WILL_RETRY_TAG
 
 from ml_assets.cli.runs import failure_of
-from ml_assets.decisions.asset import CUSTOMIZATION_TAG
 from ml_assets.decisions.book import DecisionBook
 from ml_assets.decisions.records import Alert
+from ml_assets.decisions.tags import CUSTOMIZATION_TAG
 from ml_assets.settings import Settings
 from resources.ledger import LedgerResource
 from sensors.dispatch import tick_result
@@ -31,7 +31,8 @@ def build_run_failures_sensor(seconds: float = SECONDS) -> dg.SensorDefinition:
         default_status=dg.DefaultSensorStatus.RUNNING,
         description="Sends alerts to `EVERGREEN_ALERT_WEBHOOK` (and writes them to the log of its ticks): "
         "runs that failed for good, decisions that a budget blocked or that were given up, wanted labels, "
-        "unusual feedback, a gateway that is away. What the webhook did not take is sent again at the next tick.",
+        "unusual feedback, a gateway that is away. What the webhook did not take is sent again at the next "
+        "tick.",
     )
     def run_failures(context: dg.SensorEvaluationContext, ledger: LedgerResource) -> dg.SensorResult:
         settings = Settings.from_env()

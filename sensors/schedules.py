@@ -4,10 +4,10 @@ from collections.abc import Mapping
 
 import dagster as dg
 
-from ml_assets.decisions.asset import CUSTOMIZATION_TAG
 from ml_assets.decisions.book import DecisionBook
 from ml_assets.decisions.diagnosis import Policy, permitted, predict
 from ml_assets.decisions.records import Decision, Rejected
+from ml_assets.decisions.tags import CUSTOMIZATION_TAG
 from ml_assets.endpoints.ledger import Ledger, Release, now
 from ml_assets.settings import Settings
 from ml_assets.spec import CustomizationSpec, ScheduleSpec

@@ -12,15 +12,16 @@ from ml_assets.decisions.book import DecisionBook, History
 from ml_assets.decisions.diagnosis import Evidence, Past, Policy, decide, predict
 from ml_assets.decisions.labels import label_path, write_requests
 from ml_assets.decisions.records import Alert, Decision
+from ml_assets.decisions.tags import DECISION_TAG
 from ml_assets.drift_reports.findings import DriftFindings
 from ml_assets.endpoints.ledger import Ledger, now
 from ml_assets.settings import Settings
 from ml_assets.spec import CustomizationSpec
+from ml_assets.traffic.store import Head
 from resources.artifact_store import ArtifactStoreResource
 from resources.ledger import LedgerResource
 from resources.traffic_log import TrafficLogResource
 
-DECISION_TAG, CUSTOMIZATION_TAG = "evergreen/decision", "evergreen/customization"
 HISTORY_ROWS = 20
 PAST = 30
 """Earlier decisions that a new one takes into account."""
@@ -72,20 +73,19 @@ def build_decision_asset(spec: CustomizationSpec) -> dg.AssetsDefinition:
                 raise dg.Failure(str(error), allow_retries=False) from error
             made = book.record(decide(evidence, policy))
             findings = evidence.findings
-            book.note(
-                spec.name,
-                "look",
-                {"adapter": findings.adapter_digest, "to_seq": findings.to_seq, "kind": made.seen["kind"]},
-            )
             labels: dict[str, Any] = {}
-            if made.action == "ask_for_labels" and made.status == "to_do":
-                path = label_path(settings.home, spec.name, made.id)
-                with traffic_log.opened() as log:
-                    records = log.requests(spec.name, findings.from_seq - 1, findings.to_seq)
-                ids = findings.unlabelled[: rules.ask_for_labels]
-                count = write_requests(path, ids, records)
-                book.step(made.id, "succeeded", f"{count} requests in {path}", context.run.run_id)
-                labels = {"labels_wanted": dg.MetadataValue.path(str(path))}
+            with traffic_log.opened() as log:
+                # in this order: a request in between makes the next look come a little earlier
+                head = log.heads().get(spec.name, Head(spec.name))
+                looked = head.requests - len(log.requests(spec.name, findings.to_seq, head.last_seq))
+                facts = {"adapter": findings.adapter_digest, "to_seq": findings.to_seq, "looked": looked}
+                book.note(spec.name, "look", facts | {"kind": made.seen["kind"]})
+                if made.action == "ask_for_labels" and made.status == "to_do":
+                    wanted = findings.unlabelled[: rules.ask_for_labels]
+                    path = label_path(settings.home, spec.name, made.id)
+                    write_requests(path, [found for name in wanted if (found := log.request(name))])
+                    book.step(made.id, "succeeded", f"wanted labels are in {path}", context.run.run_id)
+                    labels = {"labels_wanted": dg.MetadataValue.path(str(path))}
             book.alert(*alerts(made, settings.dagster_url))
             history = book.latest(spec.name, HISTORY_ROWS)
         context.log.info(f"{made.action} ({made.status}): {made.diagnosis} {made.reason}")

@@ -17,17 +17,12 @@ def label_path(home: Path, customization: str, decision_id: str) -> Path:
     return home / "labels" / customization / f"{decision_id}.jsonl"
 
 
-def write_requests(path: Path, ids: Sequence[str], records: Sequence[TrafficRecord]) -> int:
-    """Write one line for each request, in the order of `ids`, with an empty `right_answer` for a person to
-    fill in. Requests that are gone (retention) are left out. Returns how many were written.
-
-    A file that is there already stays: somebody may be labelling it.
-    """
-    known = {record.id: record for record in records}
-    rows = [_row(known[name]) for name in ids if name in known]
+def write_requests(path: Path, records: Sequence[TrafficRecord]) -> None:
+    """Write one line for each request, with an empty `right_answer` for a person to fill in. A file that is
+    there already stays: somebody may be labelling it."""
     if not path.exists():
-        write_atomic(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
-    return len(rows)
+        lines = (json.dumps(_row(record), ensure_ascii=False) + "\n" for record in records)
+        write_atomic(path, "".join(lines).encode())
 
 
 def _row(record: TrafficRecord) -> dict[str, Any]:

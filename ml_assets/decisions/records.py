@@ -121,12 +121,15 @@ class Limits:
 NOTHING, NO_LIMITS = Spent(), Limits()
 
 
+CostKind = Literal["training", "incremental", "evaluation", "look"]
+
+
 @dataclass(frozen=True)
 class Cost:
     """Computing for one asset partition in one run. `rows`: rows trained on, or evaluated."""
 
     customization: str
-    kind: Literal["training", "incremental", "evaluation", "look"]
+    kind: CostKind
     partition: str
     run_id: str
     device_seconds: float

@@ -5,6 +5,7 @@ import datetime
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from ml_assets.decisions.book import DecisionBook
 from ml_assets.decisions.diagnosis import Policy, duration, permitted
 from ml_assets.decisions.records import Action, Decision, Note, Rejected, Spent
 from ml_assets.endpoints.ledger import Release
@@ -20,6 +21,18 @@ class Stale:
     diagnosis: str
     reason: str
     base_revision: str | None
+
+
+def note_candidate(book: DecisionBook, customization: str, facts: dict[str, str]) -> None:
+    """Write down the newest evaluated adapter (`adapter`, `base_revision`, `dataset`, `source_version`,
+    `verdict`), and the newest accepted one: it is that until it is evaluated again and not accepted."""
+    book.note(customization, "candidate", facts)
+    accepted = book.notes(customization)[customization].get("accepted")
+    if facts["verdict"] == "promote":
+        if accepted is None or accepted.value["adapter"] != facts["adapter"]:
+            book.note(customization, "accepted", facts)
+    elif accepted and accepted.value["adapter"] == facts["adapter"]:
+        book.note(customization, "accepted", facts | {"adapter": ""})
 
 
 def observe_due(spec: CustomizationSpec, notes: Mapping[str, Note], now: str) -> int | None:
@@ -40,20 +53,21 @@ def find_stale(
     adapter was made of, what is too old."""
     found: list[Stale] = []
     source, dataset, candidate = (notes.get(name) for name in ("source", "dataset", "candidate"))
-    if candidate and candidate.value["verdict"] == "promote":
-        adapter = str(candidate.value["adapter"])
+    accepted = notes.get("accepted")
+    if accepted and accepted.value["adapter"]:
+        adapter = str(accepted.value["adapter"])
         serves = release.adapter_digest if release else None
         # a release after the verdict was somebody's choice, such as a rollback
-        if adapter != serves and (release is None or release.at < candidate.at):
+        if adapter != serves and (release is None or release.at < accepted.at):
             found.append(
                 Stale(
                     "release",
                     # again the next day, if it does not succeed before
                     f"accepted-{adapter[:12]}-{now[:10]}",
-                    f"Adapter {adapter[:12]} was accepted at {candidate.at[:16]}, and "
+                    f"Adapter {adapter[:12]} was accepted at {accepted.at[:16]}, and "
                     f"{serves[:12] if serves else 'nothing'} serves.",
                     "the endpoint lags behind its newest accepted adapter",
-                    str(candidate.value["base_revision"]),
+                    str(accepted.value["base_revision"]),
                 )
             )
     made_of = candidate or dataset
