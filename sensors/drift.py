@@ -28,7 +28,7 @@ class Asked:
 
 
 def build_drift_sensor(
-    specs: Sequence[CustomizationSpec], jobs: Sequence[Job], **limits: object
+    specs: Sequence[CustomizationSpec], jobs: Sequence[Job], interval: int = 30, **limits: object
 ) -> dg.SensorDefinition:
     """The sensor over all customizations: one query to the traffic database, one to the book, two to Dagster,
     however many there are."""
@@ -37,7 +37,7 @@ def build_drift_sensor(
     @dg.sensor(
         name="drift",
         jobs=jobs,
-        minimum_interval_seconds=30,
+        minimum_interval_seconds=interval,
         default_status=dg.DefaultSensorStatus.RUNNING,
         description="Starts `<name>__look` (drift report and decision) after every `drift.every` requests, "
         "and `<name>__update` when a decision says so: each decision once, the next attempt after a failed "

@@ -21,7 +21,7 @@ NEW_PER_TICK = 100
 
 
 def build_stale_data_sensor(
-    specs: Sequence[CustomizationSpec], jobs: Sequence[Job], **limits: object
+    specs: Sequence[CustomizationSpec], jobs: Sequence[Job], interval: int = 60, **limits: object
 ) -> dg.SensorDefinition:
     """The sensor over all customizations: looks at sources, refreshes, rebuilds, releases."""
     by_name = {spec.name: spec for spec in specs}
@@ -29,7 +29,7 @@ def build_stale_data_sensor(
     @dg.sensor(
         name="stale_data",
         jobs=jobs,
-        minimum_interval_seconds=60,
+        minimum_interval_seconds=interval,
         default_status=dg.DefaultSensorStatus.RUNNING,
         description="Three ways to be behind, three actions: a source that has other rows is followed by the "
         "main job, a dataset past its age is built again, an endpoint that lags behind its newest accepted "
