@@ -9,6 +9,7 @@ import dagster as dg
 
 from ml_assets.adapters.reproduce import build_reproduce_job
 from ml_assets.customization import Customization
+from ml_assets.fleet.asset import build_fleet_assets
 from ml_assets.mistakes import SpecError, check_files
 from ml_assets.spec import CustomizationSpec
 from resources.artifact_store import ArtifactRefIOManager, ArtifactStoreResource
@@ -36,6 +37,15 @@ def build_definitions(project: Path) -> dg.Definitions:
     folder = _load(project)
     tree = folder.component_tree
     specs = [component.spec for component in tree.get_all_components(Customization)] if tree else []
+    fleet = build_fleet_assets(specs) if specs else []
+    daily = dg.ScheduleDefinition(
+        "fleet_overview",
+        target=dg.AssetSelection.assets(*fleet),
+        cron_schedule="0 6 * * *",
+        execution_timezone="UTC",
+        default_status=dg.DefaultScheduleStatus.RUNNING,
+        description="The tables over all customizations, every day.",
+    )
     deployment = dg.Definitions(
         resources={
             "artifact_store": ArtifactStoreResource(),
@@ -46,7 +56,9 @@ def build_definitions(project: Path) -> dg.Definitions:
             "traffic_log": TrafficLogResource(),
             "base_model_hub": BaseModelHub(),
         },
+        assets=dg.with_source_code_references(fleet),
         jobs=[build_reproduce_job(specs)] if specs else [],
+        schedules=[daily] if specs else [],
         sensors=_sensors(specs, folder.jobs or []) if specs else [],
         # one process for each run: heavy imports and the base model are loaded once, not for every step
         executor=dg.in_process_executor,
