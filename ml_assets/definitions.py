@@ -37,15 +37,6 @@ def build_definitions(project: Path) -> dg.Definitions:
     folder = _load(project)
     tree = folder.component_tree
     specs = [component.spec for component in tree.get_all_components(Customization)] if tree else []
-    fleet = build_fleet_assets(specs) if specs else []
-    daily = dg.ScheduleDefinition(
-        "fleet_overview",
-        target=dg.AssetSelection.assets(*fleet),
-        cron_schedule="0 6 * * *",
-        execution_timezone="UTC",
-        default_status=dg.DefaultScheduleStatus.RUNNING,
-        description="The tables over all customizations, every day.",
-    )
     deployment = dg.Definitions(
         resources={
             "artifact_store": ArtifactStoreResource(),
@@ -56,29 +47,40 @@ def build_definitions(project: Path) -> dg.Definitions:
             "traffic_log": TrafficLogResource(),
             "base_model_hub": BaseModelHub(),
         },
-        assets=dg.with_source_code_references(fleet),
-        jobs=[build_reproduce_job(specs)] if specs else [],
-        schedules=[daily] if specs else [],
-        sensors=_sensors(specs, folder.jobs or []) if specs else [],
         # one process for each run: heavy imports and the base model are loaded once, not for every step
         executor=dg.in_process_executor,
     )
-    return dg.Definitions.merge(folder, deployment)
+    return dg.Definitions.merge(folder, deployment, *([_fleet(specs, folder.jobs or [])] if specs else []))
 
 
-def _sensors(specs: Sequence[CustomizationSpec], jobs: Sequence[Any]) -> list[dg.SensorDefinition]:
-    """Those over all customizations: what one tick asks the databases does not grow with their number."""
+def _fleet(specs: Sequence[CustomizationSpec], jobs: Sequence[Any]) -> dg.Definitions:
+    """What is about all customizations. What a tick of these sensors asks the databases does not grow with
+    their number."""
 
     def named(*kinds: str) -> list[Any]:
         return [job for job in jobs if job.name.rpartition("__")[2] in kinds]
 
-    return [
-        build_stale_data_sensor(specs, named("main", "observe")),
-        build_drift_sensor(specs, named("look", "update")),
-        build_feedback_quality_sensor(specs),
-        build_endpoint_health_sensor(specs, named("main")),
-        build_run_failures_sensor(),
-    ]
+    assets = build_fleet_assets(specs)
+    daily = dg.ScheduleDefinition(
+        "fleet_overview",
+        target=dg.AssetSelection.assets(*assets),
+        cron_schedule="0 6 * * *",
+        execution_timezone="UTC",
+        default_status=dg.DefaultScheduleStatus.RUNNING,
+        description="The tables over all customizations, every day.",
+    )
+    return dg.Definitions(
+        assets=dg.with_source_code_references(assets),
+        jobs=[build_reproduce_job(specs)],
+        schedules=[daily],
+        sensors=[
+            build_stale_data_sensor(specs, named("main", "observe")),
+            build_drift_sensor(specs, named("look", "update")),
+            build_feedback_quality_sensor(specs),
+            build_endpoint_health_sensor(specs, named("main")),
+            build_run_failures_sensor(),
+        ],
+    )
 
 
 def _load(project: Path) -> dg.Definitions:

@@ -15,14 +15,14 @@ from resources.ledger import LedgerResource
 
 
 def build_fleet_assets(specs: Sequence[CustomizationSpec]) -> list[dg.AssetsDefinition]:
-    """Both assets. They read the ledger and the book: a few queries, however many customizations there are."""
+    """Both assets. They read ledger and book: a few queries, however many customizations there are."""
 
     @dg.asset(
         key=dg.AssetKey(["fleet", "overview"]),
         group_name="fleet",
         kinds={"report"},
-        description="What serves, since when, what the last look found, what was decided, and what is left of "
-        "the budget: one row for each customization.",
+        description="What serves, since when, what the last look found, what was decided, what was spent: "
+        "one row for each customization.",
     )
     def overview(ledger: LedgerResource) -> dg.MaterializeResult:
         settings, month = Settings.from_env(), now()[:7]
