@@ -82,7 +82,7 @@ lint: setup  ## ruff, pyright, and Dagster's own check of the definitions
 
 # The programs that benchmarks/ compares with. vLLM's wheel brings packages built for another torch.
 EVERGREEN_HOME ?= .evergreen
-PEER ?= trl vllm llama
+PEER ?= trl vllm llama drift
 .PHONY: peers
 peers:  ## virtual environments of what the benchmarks compare with; one of them with PEER=name
 	@for name in $(PEER); do \

@@ -17,6 +17,7 @@ from ml_assets.datasets.asset import build_dataset_asset, build_source_asset
 from ml_assets.datasets.sources import source_columns
 from ml_assets.decisions.asset import build_decision_asset
 from ml_assets.decisions.tags import CUSTOMIZATION_TAG
+from ml_assets.drift_reports.asset import build_drift_report_asset
 from ml_assets.endpoints.asset import build_endpoint_asset
 from ml_assets.eval_reports.asset import build_eval_report_asset
 from ml_assets.mistakes import (
@@ -253,7 +254,7 @@ class Customization(dg.Component):
         ]
         source, watched = (
             build_source_asset(spec, root),
-            [build_traffic_asset(spec), build_decision_asset(spec)],
+            [build_traffic_asset(spec), build_drift_report_asset(spec), build_decision_asset(spec)],
         )
         jobs = {
             "main": self._job(

@@ -1,6 +1,5 @@
 """`<name>/decision`: what is done about the findings of the newest look, and why nothing else."""
 
-import json
 from typing import Any
 from urllib.parse import quote
 
@@ -13,7 +12,7 @@ from ml_assets.decisions.diagnosis import Evidence, Past, Policy, decide, predic
 from ml_assets.decisions.labels import label_path, write_requests
 from ml_assets.decisions.records import Alert, Decision
 from ml_assets.decisions.tags import DECISION_TAG
-from ml_assets.drift_reports.findings import DriftFindings
+from ml_assets.drift_reports.build import read_findings
 from ml_assets.endpoints.ledger import Ledger, now
 from ml_assets.settings import Settings
 from ml_assets.spec import CustomizationSpec
@@ -108,13 +107,15 @@ def gather(
 ) -> Evidence:
     """What a decision rests on, read from artifacts, ledger and book. Raises ArtifactError."""
     book, month = DecisionBook(ledger), now()[:7]
-    findings = DriftFindings.from_json(json.loads((store.open(drift_report) / "report.json").read_bytes()))
+    findings = read_findings(store, drift_report)
     rows = load_manifest(store.open(dataset))["rows"]["train"]
     new_rows = findings.outcome.labelled if policy.uses_labels else 0
-    if findings.dataset_digest != dataset.digest:
+    if findings.dataset_digest not in ("", dataset.digest):
         before = load_manifest(store.open(ArtifactRef("dataset", findings.dataset_digest)))["rows"]["train"]
         new_rows = max(new_rows, rows - before)
-    champion = read_json(store.open(ArtifactRef("adapter", findings.adapter_digest)) / "manifest.json")
+    champion = {}
+    if findings.adapter_digest:  # else nothing served when it was looked at
+        champion = read_json(store.open(ArtifactRef("adapter", findings.adapter_digest)) / "manifest.json")
     current = ledger.current(spec.name)
     costs = book.costs(spec.name)
     return Evidence(

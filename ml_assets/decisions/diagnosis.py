@@ -156,20 +156,21 @@ class Diagnosis:
 def diagnose(findings: DriftFindings, policy: Policy) -> Diagnosis:
     """Is something wrong, is it confirmed, and does it do harm?
 
-    Only a signal of severity `error` (of the outcome) is a failed look; K of the last N looks and the newest
-    must have failed. Moved inputs or outputs alone are common and mostly harmless, so they are a warning.
+    A look failed when the report says that harm was done. K of the last N looks and the newest must have
+    failed. Moved inputs or outputs alone are common and mostly harmless, so they are a warning.
     """
     alarms = [signal for signal in findings.signals if signal.alarm]
     errors = [signal for signal in alarms if signal.severity == "error"]
     names = ", ".join(signal.name for signal in [*errors, *(s for s in alarms if s not in errors)])
     if not alarms:
         return Diagnosis("quiet", f"No signal is in alarm after {findings.requests} requests.")
-    if not errors:
+    newest_failed = bool(findings.looks) and findings.looks[-1].failed
+    if not errors and not newest_failed:
         return Diagnosis("drift", f"The traffic has moved ({names}), and the answers are not worse for it.")
     rules = policy.maintenance
     window = findings.looks[-rules.of_looks :]
     failed = sum(look.failed for look in window)
-    if failed < rules.failed_looks or not window[-1].failed:
+    if failed < rules.failed_looks or not newest_failed:
         return Diagnosis(
             "unconfirmed",
             f"In alarm: {names}; {failed} of the last {len(window)} looks failed, {rules.failed_looks} of "
@@ -186,6 +187,8 @@ def diagnose(findings: DriftFindings, policy: Policy) -> Diagnosis:
     text = f"In alarm: {names}. Accuracy {_share(accuracy)} ({how}), {_share(outcome.reference_accuracy)} "
     text += f"on the evaluation rows: a loss of {outcome.loss:.3f}{between}"
     if outcome.loss <= policy.margin:
+        if any(signal.group == "outputs" for signal in errors):
+            return Diagnosis("unknown_loss", f"{text}; but the answers themselves are worse.")
         return Diagnosis("acceptable", f"{text}, within the {policy.margin} that the gate accepts.")
     return Diagnosis("loss", f"{text}, more than the {policy.margin} that the gate accepts.")
 

@@ -73,6 +73,19 @@ def test_a_loss_with_labels_is_repaired_by_an_incremental_update() -> None:
     assert why_not(decision, "watch").startswith("the loss is confirmed, and waiting costs 450.00 EUR")
 
 
+def test_moved_inputs_with_a_loss_are_repaired() -> None:
+    """No signal of the outcome is in alarm, but the look failed: what moved came with a loss."""
+    assert decide(make_evidence(make_findings(signals=[MOVED])), make_policy()).action == (
+        "incremental_update"
+    )
+
+
+def test_malformed_answers_are_harm_although_labels_do_not_show_it() -> None:
+    malformed = dataclasses.replace(signal("outputs_malformed"), group="outputs")
+    decision = decide(make_evidence(make_findings(loss=0.0, signals=[malformed])), make_policy())
+    assert decision.action == "ask_for_labels" and "the answers themselves are worse" in decision.diagnosis
+
+
 def test_a_loss_that_the_gate_accepts_is_not_repaired() -> None:
     decision = decide(make_evidence(make_findings(loss=0.01, labelled=5)), make_policy())
     assert decision.action == "watch" and "within the 0.02" in decision.diagnosis
@@ -292,7 +305,9 @@ def test_rules(evidence, first, second, own, money, mode) -> None:
 
 
 @given(findings_strategy)
-def test_a_diagnosis_needs_an_error_to_be_a_loss(findings) -> None:
+def test_a_diagnosis_needs_harm_to_be_a_loss(findings) -> None:
     found = diagnose(findings, make_policy())
     errors = [one for one in findings.signals if one.alarm and one.severity == "error"]
-    assert errors or found.kind in ("quiet", "drift")
+    failed = bool(findings.looks) and findings.looks[-1].failed
+    assert errors or failed or found.kind in ("quiet", "drift")
+    assert any(one.alarm for one in findings.signals) or found.kind == "quiet"
