@@ -41,6 +41,7 @@ def prepare_home(home: Path, cache: Path) -> Settings:
         gateway_port=gateway_port,
         artifacts_url=str(home / "artifacts"),
         ledger_url=f"sqlite:///{home / 'ledger.db'}",
+        traffic_url=f"sqlite:///{home / 'traffic.db'}",
         mlflow_uri=f"sqlite:///{home / 'mlflow' / 'mlflow.db'}",
     )
 

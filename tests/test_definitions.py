@@ -55,6 +55,7 @@ def test_assets_of_a_customization(repository: dg.RepositoryDefinition) -> None:
                 ("adapter", ["base_model", f"{name}/dataset"], "base_models"),
                 ("eval_report", ["base_model", f"{name}/adapter", f"{name}/dataset"], "base_models"),
                 ("endpoint", [f"{name}/eval_report"], None),
+                ("traffic", [f"{name}/endpoint"], None),
             )
         },
     }

@@ -27,7 +27,8 @@ def feedback_rows(spec: CustomizationSpec, judged: Sequence[Judged]) -> Feedback
     about what would have been right, so it makes no row."""
     said: list[Said] = []
     unusable: list[str] = []
-    for one in judged if spec.feedback.use == "labels" else ():
+    used = judged if spec.feedback.use == "labels" else ()
+    for one in sorted(used, key=lambda one: one.feedback.seq or 0):
         right, request = one.feedback.right_answer, one.request
         if right is None:
             continue

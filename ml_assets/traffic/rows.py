@@ -50,11 +50,12 @@ def invert(template: str, text: str) -> dict[str, str] | None:
     Of several readings the one in which the first columns are shortest. Takes time in proportion to the text,
     whatever it is. Columns that touch, without a letter between them, can't be told apart: None.
     """
-    parts = list(Formatter().parse(template))
-    literals = [literal for literal, _, _, _ in parts]
-    names = [name for _, name, _, _ in parts if name is not None]
-    if len(literals) == len(names):
-        literals.append("")
+    literals, names = [""], []
+    for literal, name, _, _ in Formatter().parse(template):  # an escaped brace ends a part, too
+        literals[-1] += literal
+        if name is not None:
+            names.append(name)
+            literals.append("")
     if any(not literal for literal in literals[1:-1]):
         return None
     literals[0], literals[-1] = literals[0].lstrip(), literals[-1].rstrip()

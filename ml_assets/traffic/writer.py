@@ -105,6 +105,7 @@ class TrafficWriter:
         self._unlogged: Counter[str] = Counter()
         self._changed = threading.Condition()
         self._put = self._settled = 0  # records ever taken in, and those stored or given up
+        self._dropped = 0  # since the last line of the log about it
         self._hurry = self._closed = False
         self._log: TrafficLog | None = None
         self._opening = threading.Lock()
@@ -141,6 +142,7 @@ class TrafficWriter:
             if len(self._queue) >= self.bound:
                 dropped = self._queue.popleft()
                 self._settled += 1
+                self._dropped += 1
             self._queue.append(record)
             self._put += 1
             # a thread that is woken for each record would take the event loop's turn each time
@@ -248,6 +250,7 @@ class TrafficWriter:
                 for name, n in Counter(record.customization for record in clean).items():
                     self.counted(name, "stored", n)
                 self._settle(len(clean))
+                self._tell_dropped()
                 if self._problem:
                     log.warning("traffic: the database answers again")
                 self._problem = None
@@ -278,6 +281,7 @@ class TrafficWriter:
         if self._problem is None:
             log.error("traffic: the database is away, records wait: %s", _first_line(error))
         self._problem = _first_line(error)
+        self._tell_dropped()
         with self._changed:
             return not self._changed.wait_for(lambda: self._closed, RETRY_SECONDS)
 
@@ -285,12 +289,17 @@ class TrafficWriter:
         """A batch that waits counts, too: it has the oldest."""
         with self._changed:
             over = min(len(batch), max(0, len(self._queue) + len(batch) - self.bound))
+            self._dropped += over
         for record in batch[:over]:
             self.counted(record.customization, "dropped", 1)
-        if over:
-            log.error("traffic: %d records dropped, the queue is full", over)
-            self._settle(over)
+        self._settle(over)
         return batch[over:]
+
+    def _tell_dropped(self) -> None:
+        with self._changed:
+            dropped, self._dropped = self._dropped, 0
+        if dropped:
+            log.error("traffic: %d records dropped, the queue was full", dropped)
 
     def _give_up(self, record: TrafficRecord, error: Exception) -> None:
         name, now = record.customization, time.monotonic()

@@ -8,12 +8,16 @@ from pathlib import Path
 
 import dagster as dg
 import pytest
+from traffic_records import record
 
 from ml_assets.artifacts import ArtifactStore
 from ml_assets.datasets.asset import build_dataset_asset, build_source_asset
 from ml_assets.datasets.pictures import count_words, length_histogram
+from ml_assets.settings import Settings
 from ml_assets.spec import CustomizationSpec
+from ml_assets.traffic.store import TrafficLog
 from resources.artifact_store import ArtifactRefIOManager, ArtifactStoreResource
+from resources.traffic_log import TrafficLogResource
 
 SOURCE, DATASET = dg.AssetKey(["faq", "source"]), dg.AssetKey(["faq", "dataset"])
 
@@ -52,7 +56,11 @@ def instance():
 
 
 def resources() -> dict:
-    return {"artifact_store": ArtifactStoreResource(), "io_manager": ArtifactRefIOManager()}
+    return {
+        "artifact_store": ArtifactStoreResource(),
+        "io_manager": ArtifactRefIOManager(),
+        "traffic_log": TrafficLogResource(),
+    }
 
 
 def definitions(assets) -> dg.Definitions:
@@ -106,7 +114,7 @@ def test_metadata_is_what_an_operator_needs(tmp_path, instance):
     assert len(picture) < 60_000
     assert checks(result) == {
         "no_leakage": True, "enough_rows": True, "both_splits": True, "class_balance": True, "bad_rows": True,
-        "conflicting_labels": True,
+        "conflicting_labels": True, "feedback": True,
     }  # fmt: skip
     again = materialize(tmp_path, instance)
     assert again.asset_materializations_for_node("faq__dataset")[0].metadata["built_before"].value is True
@@ -202,6 +210,46 @@ def test_bad_input_is_one_clear_failure_without_retry(tmp_path, instance, conten
     result = materialize(tmp_path, instance)
     assert not result.success
     assert re.search(message, failure(result))
+
+
+def test_feedback_is_shown_with_what_was_left_out(tmp_path, instance):
+    log = TrafficLog(TrafficLogResource().url)
+    texts = [f"{word} {word} my question about {word}" for word in ("zebras", "quinces", "violins", "yachts")]
+    asked = [
+        record("faq", asked=text, answer="left" if text == texts[0] else "?", metadata={"lang": "en"})
+        for text in [*texts, faq(1)[0]["q"]]
+    ]
+    log.append(asked)
+    for one in asked:  # the last one contradicts the source
+        log.give_feedback(one.id, one.key_id, None, "left")
+    write(tmp_path, faq(80))
+    result = materialize(tmp_path, instance, feedback={"max_share_per_key": 1})
+    (event,) = result.asset_materializations_for_node("faq__dataset")
+    assert event.metadata["feedback_given"].value == 5
+    assert event.metadata["feedback_rows"].value == 3
+    removed = {r.data["reason"]: r.data["rows"] for r in event.metadata["removed"].records}
+    assert removed["feedback_conflict"] == 1
+    (check,) = [c for c in result.get_asset_check_evaluations() if c.check_name == "feedback"]
+    assert not check.passed and check.severity == dg.AssetCheckSeverity.WARN
+    assert "5 right answers from users" in check.description and "1 feedback_conflict" in check.description
+    (row,) = [r.data for r in check.metadata["keys"].records]
+    assert (row["key"], row["rows"], row["contradictions"], row["believed"]) == ("0000000a", 5, 1, True)
+    nothing = materialize(tmp_path, instance, feedback={"use": "nothing"})
+    (event,) = nothing.asset_materializations_for_node("faq__dataset")
+    assert "feedback_given" not in event.metadata and checks(nothing)["feedback"]
+
+
+def test_without_a_traffic_database_none_is_made(tmp_path, instance):
+    write(tmp_path, faq(80))
+    assert materialize(tmp_path, instance).success
+    assert not (Settings.from_env().home / "traffic.db").exists()
+
+
+def test_a_traffic_database_that_cannot_be_read_fails_and_takes_no_rows_away(tmp_path, instance):
+    write(tmp_path, faq(80))
+    Settings.from_env().home.joinpath("traffic.db").mkdir(parents=True)
+    result = materialize(tmp_path, instance)
+    assert not result.success and "the feedback can't be read" in failure(result)
 
 
 def test_a_source_that_cannot_be_read_fails_its_observation(tmp_path, instance):

@@ -382,8 +382,11 @@ class _Call:
         self._record(status)
 
     def _record(self, status: int) -> None:
-        """What the model took on is traffic, however it ended; what was refused before is not."""
+        """What the model took on is traffic, however it ended; what was refused before is not, nor are the
+        probes of releases and health checks, which come with an admin key."""
         if self._traffic is None or self._version is None or self._asked is None or not self._prompt_tokens:
+            return
+        if self._key.is_admin:
             return
         if self._key.unlogged:
             self._traffic.put_unlogged(self._version.customization)

@@ -1,0 +1,153 @@
+"""What logging adds to a request: the same gateway, asked with a key that is logged and with one that is not.
+
+    python -m benchmarks.traffic --quick
+
+A real gateway program over a tiny random model, so that the model hides as little as possible; blocks of
+requests over HTTP alternate between the two keys. Then the writer alone: records that it redacts and stores
+in a second.
+"""
+
+import os
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import httpx
+
+from benchmarks.common import ROOT, number, options, parser, print_json, say, start, table
+from benchmarks.load import percentile
+from ml_assets.endpoints.gateway import keys
+from ml_assets.traffic.records import TrafficRecord
+from ml_assets.traffic.store import TrafficLog
+from ml_assets.traffic.writer import TrafficWriter
+
+CLIENTS = 4
+BLOCK = 200
+"""Requests of one block."""
+PAUSE = 0.2
+"""Seconds between two blocks, so that none pays for what the one before left to write."""
+
+
+def main() -> None:
+    arguments = parser(str(__doc__).split("\n\n")[0])
+    arguments.add_argument("--blocks", type=int, help="of each kind; default 40, with --quick 10")
+    arguments.add_argument("--database", help="SQLAlchemy URL; default: SQLite in a temporary folder")
+    parsed = arguments.parse_args()
+    given = options(parsed)
+    blocks = parsed.blocks or (10 if given.quick else 40)
+    with tempfile.TemporaryDirectory() as folder:
+        logged, unlogged = _requests(Path(folder), blocks, parsed.database)
+        rate = _records_per_second(parsed.database or f"sqlite:///{folder}/alone.db")
+    shares = {"p50": 0.5, "p90": 0.9, "p99": 0.99}
+    rows = {
+        name: {share: 1000 * percentile(times, at) for share, at in shares.items()}
+        for name, times in (("logged", logged), ("not logged", unlogged))
+    }
+    added = {share: rows["logged"][share] - rows["not logged"][share] for share in shares}
+    print(
+        table(
+            f"{len(logged)} requests each, {CLIENTS} clients, ms",
+            ["", *shares],
+            [
+                [name, *(number(row[share], 3) for share in shares)]
+                for name, row in (*rows.items(), ("added", added))
+            ],
+        )
+    )
+    print(f"\nThe writer alone stores {rate:,.0f} records a second.")
+    print_json(
+        {
+            "added_p99_ms": round(added["p99"], 3),
+            "added_p50_ms": round(added["p50"], 3),
+            "records_per_second": round(rate),
+        }
+    )
+
+
+def _requests(folder: Path, blocks: int, database: str | None) -> tuple[list[float], list[float]]:
+    """Seconds of requests with a key that is logged, and with one that is not."""
+    sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "endpoints")]
+    from gateway_world import QUESTION, World, running_server  # pyright: ignore[reportMissingImports]
+
+    if database:
+        os.environ["EVERGREEN_TRAFFIC_URL"] = database
+    world = World(folder)
+    world.record(world.adapter("home", 1))
+    both = {
+        "logged": keys.create(world.ledger, ["*"])[0],
+        "not logged": keys.create(world.ledger, ["*"], unlogged=True)[0],
+    }
+    times: dict[str, list[float]] = {name: [] for name in both}
+    body = {"model": "home", "messages": QUESTION, "max_tokens": 1, "metadata": {"language": "en"}}
+    with running_server(world) as server:
+        say("the gateway answers")
+        for number_of_block in range(blocks + 1):
+            # the one that comes second meets a warmer process: take turns
+            for name in list(both)[:: 1 if number_of_block % 2 else -1]:
+                found = _block(server.url, both[name], body)
+                if number_of_block:  # the first block warms up
+                    times[name] += found
+                time.sleep(PAUSE)
+        server.stop()
+    return times["logged"], times["not logged"]
+
+
+def _block(url: str, key: str, body: dict[str, object]) -> list[float]:
+    times: list[float] = []
+
+    def client() -> None:
+        with httpx.Client(base_url=url, headers={"Authorization": f"Bearer {key}"}, trust_env=False) as http:
+            http.get("/v1/models").raise_for_status()  # connect
+            for _ in range(BLOCK // CLIENTS):
+                began = time.perf_counter()
+                http.post("/v1/chat/completions", json=body).raise_for_status()
+                times.append(time.perf_counter() - began)
+
+    threads = [threading.Thread(target=client) for _ in range(CLIENTS)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return times
+
+
+def _records_per_second(url: str, count: int = 20_000) -> float:
+    writer = TrafficWriter(url, bound=count)
+    writer.start()
+    began = time.perf_counter()
+    for n in range(count):
+        writer.put(
+            TrafficRecord(
+                id=f"benchmark-{time.time_ns()}-{n}",
+                at="2026-01-01T00:00:00.000000+00:00",
+                customization="benchmark",
+                key_id="00000000",
+                adapter_digest="a" * 64,
+                base_revision="tiny@000000000000",
+                messages=[
+                    {"role": "user", "content": f"turn on the light in room {n}, then call 030 1234567"}
+                ],
+                answer='{"intent": "HassTurnOn", "slots": {"area": "kitchen"}}',
+                status=200,
+                finish_reason="stop",
+                prompt_tokens=20,
+                completion_tokens=12,
+                latency_ms=100.0,
+                first_token_ms=50.0,
+                mean_logprob=-0.1,
+            )
+        )
+    if not writer.flush(600):
+        raise RuntimeError("the writer did not store all records within 10 minutes")
+    seconds = time.perf_counter() - began
+    writer.close()
+    log = TrafficLog(url)
+    log.purge("benchmark", "2027")
+    log.close()
+    return count / seconds
+
+
+if __name__ == "__main__":
+    start(main)
