@@ -1,6 +1,7 @@
 """Notices what is behind: a source with other rows, a dataset past its age, an endpoint that lags."""
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Collection, Mapping, Sequence
 
 import dagster as dg
 
@@ -13,7 +14,7 @@ from ml_assets.endpoints.ledger import Ledger, Release, now
 from ml_assets.settings import Settings
 from ml_assets.spec import CustomizationSpec
 from resources.ledger import LedgerResource
-from sensors.dispatch import RUNS_PER_TICK, dispatch, listing, tick_result
+from sensors.dispatch import RUNS_PER_TICK, dispatch, listing, running, tick_result
 
 Job = dg.JobDefinition | dg.UnresolvedAssetJobDefinition
 NEW_PER_TICK = 100
@@ -39,7 +40,10 @@ def build_stale_data_sensor(
         with ledger.opened() as opened:
             book, at = DecisionBook(opened), now()
             notes, serving = book.notes(), opened.current_all()
-            made = _decide(opened, by_name, notes, serving, at)
+            at_work = {claim.customization for claim in book.claims()}
+            found = _find(by_name, notes, serving, at_work, at)
+            at_work |= running(context.instance, [spec.name for spec, *_ in found]).keys()
+            made = _record(opened, [one for one in found if one[0].name not in at_work], notes, serving, at)
             done = dispatch(
                 context.instance,
                 opened,
@@ -48,10 +52,11 @@ def build_stale_data_sensor(
                 serving,
                 **limits,  # type: ignore[arg-type]
             )
+        asked: dict[str, int] = json.loads(context.cursor or "{}")
         looks = [
             (name, due)
             for name, spec in by_name.items()
-            if (due := observe_due(spec, notes.get(name, {}), at)) is not None
+            if (due := observe_due(spec, notes.get(name, {}), at)) not in (None, asked.get(name))
         ]
         room = max(0, RUNS_PER_TICK - len(done.requests))
         observe = [
@@ -66,35 +71,48 @@ def build_stale_data_sensor(
         lines += [f"{d.customization}: {d.action} ({d.status}): {d.diagnosis}" for d in made]
         if looks:
             lines.append(f"looking at the source of {listing([name for name, _ in looks])}")
+        asked |= dict(looks[:room])
         if not lines:
             lines.append(f"{len(by_name)} customizations are up to date with what is known of their sources")
-        return tick_result(context, [*done.requests, *observe], lines, events=done.events)
+        cursor = json.dumps({name: due for name, due in asked.items() if name in by_name})
+        return tick_result(context, [*done.requests, *observe], lines, cursor, done.events)
 
     return stale_data
 
 
-def _decide(
-    ledger: Ledger,
+def _find(
     specs: Mapping[str, CustomizationSpec],
+    notes: Mapping[str, Mapping[str, Note]],
+    serving: Mapping[str, Release],
+    at_work: Collection[str],
+    at: str,
+) -> list[tuple[CustomizationSpec, Stale]]:
+    """What is behind, without the customizations that somebody brings up to date now."""
+    return [
+        (spec, stale)
+        for name, spec in specs.items()
+        if name not in at_work
+        for stale in find_stale(spec, notes.get(name, {}), serving.get(name), at)
+    ]
+
+
+def _record(
+    ledger: Ledger,
+    found: Sequence[tuple[CustomizationSpec, Stale]],
     notes: Mapping[str, Mapping[str, Note]],
     serving: Mapping[str, Release],
     at: str,
 ) -> list[Decision]:
-    """Record what is new; gives back what was recorded now."""
+    """Record the decisions that are new; gives these back."""
     book, settings = DecisionBook(ledger), Settings.from_env()
-    found: list[tuple[CustomizationSpec, Stale, Policy, Decision]] = []
-    for name, spec in specs.items():
-        known = notes.get(name, {})
-        stale = find_stale(spec, known, serving.get(name), at)
-        if stale:
-            policy = Policy.of(spec, settings)
-            for one in stale:
-                digest = _dataset(known, one)
-                bare = to_decision(name, one, digest, serving.get(name), policy, None, NOTHING, NOTHING)
-                found.append((spec, one, policy, bare))
-    recorded = book.known([decision.id for *_, decision in found])
+    bare = []
+    for spec, one in found:
+        policy, digest = Policy.of(spec, settings), _dataset(notes[spec.name], one)
+        decision = to_decision(spec.name, one, digest, serving.get(spec.name), policy, None, NOTHING, NOTHING)
+        bare.append((spec, one, policy, decision))
+    recorded = book.known([decision.id for *_, decision in bare])
     made = []
-    for spec, one, policy, bare in [entry for entry in found if entry[3].id not in recorded][:NEW_PER_TICK]:
+    for spec, one, policy, plain in [entry for entry in bare if entry[3].id not in recorded][:NEW_PER_TICK]:
         seconds, month = None, at[:7]
         if one.action == "refresh_source":
             rows = (
@@ -104,7 +122,7 @@ def _decide(
         spent = book.spent(spec.name, month) + book.reserved(spec.name, policy.price)
         fleet = book.spent(None, month) + book.reserved(None, policy.price)
         release = serving.get(spec.name)
-        decision = to_decision(spec.name, one, bare.dataset_digest, release, policy, seconds, spent, fleet)
+        decision = to_decision(spec.name, one, plain.dataset_digest, release, policy, seconds, spent, fleet)
         made.append(book.record(decision))
         if decision.status == "blocked_by_budget":
             title = f"{spec.name}: {decision.action} is blocked by the budget"

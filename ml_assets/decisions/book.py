@@ -192,9 +192,12 @@ class DecisionBook:
 
     def known(self, ids: Collection[str]) -> set[str]:
         """Which of these decisions were recorded."""
-        query = sa.select(_decisions.c.id).where(_decisions.c.id.in_(ids))
+        found: set[str] = set()
         with self._engine.connect() as connection:
-            return set(connection.execute(query).scalars())
+            for some in _chunks(list(ids)):
+                query = sa.select(_decisions.c.id).where(_decisions.c.id.in_(some))
+                found.update(connection.execute(query).scalars())
+        return found
 
     def pending(self, actions: Collection[Action]) -> list[Decision]:
         """What is to be done and was not begun, oldest first."""
