@@ -522,7 +522,7 @@ def test_dg_scaffolds_lists_and_checks(project: Project) -> None:
 
     listed = json.loads(run_dg(project, "list", "defs", "--json").stdout)
     keys = {asset["asset_key"] for asset in listed["assets"]}
-    kinds = ("source", "dataset", "adapter", "eval_report", "endpoint")
+    kinds = ("source", "dataset", "adapter", "eval_report", "endpoint", "traffic", "drift_report")
     assert keys == {"base_model", *(f"{n}/{k}" for n in ("colours", "greetings") for k in kinds)}
 
     components = run_dg(project, "list", "components", "--json").stdout

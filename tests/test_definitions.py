@@ -47,7 +47,7 @@ def test_assets_of_a_customization(repository: dg.RepositoryDefinition) -> None:
     assert seen == {
         "base_model": _asset("base_models", [], "base_models", owners=[], pool=True),
         **{
-            f"{name}/{kind}": _asset(name, parents, partitions, pool=kind in ("adapter", "eval_report"))
+            f"{name}/{kind}": _asset(name, parents, partitions, pool=kind in POOLED)
             for name in ("colours", "places")
             for kind, parents, partitions in (
                 ("source", [], None),
@@ -56,9 +56,13 @@ def test_assets_of_a_customization(repository: dg.RepositoryDefinition) -> None:
                 ("eval_report", ["base_model", f"{name}/adapter", f"{name}/dataset"], "base_models"),
                 ("endpoint", [f"{name}/eval_report"], None),
                 ("traffic", [f"{name}/endpoint"], None),
+                ("drift_report", [f"{name}/endpoint", f"{name}/traffic"], None),
             )
         },
     }
+
+
+POOLED = ("adapter", "eval_report", "drift_report")
 
 
 def _asset(
@@ -88,7 +92,7 @@ def test_checks_have_the_partitions_of_their_asset(repository: dg.RepositoryDefi
         # verdict is for the endpoint to decide
         assert not check.blocking or key.asset_key.path[-1] in ("base_model", "dataset"), key
         checked.add(key.asset_key.to_user_string())
-    assert {f"colours/{kind}" for kind in ("dataset", "adapter", "eval_report")} <= checked
+    assert {f"colours/{kind}" for kind in ("dataset", "adapter", "eval_report", "drift_report")} <= checked
 
 
 def test_one_job_brings_a_customization_up_to_date_for_a_base_revision(

@@ -14,7 +14,7 @@ from typing import Protocol
 from ml_assets.artifacts import ArtifactRef, ArtifactStore, canonical_json, sha256_bytes
 from ml_assets.drift_reports.findings import DriftFindings, Look, Outcome
 from ml_assets.drift_reports.observe import observe
-from ml_assets.drift_reports.reference import Champion, embedder, find_reference, reference_key
+from ml_assets.drift_reports.reference import Champion, Models, find_reference, reference_key
 from ml_assets.drift_reports.report import draw, render_html
 from ml_assets.drift_reports.signals import failed, outcome_of, signals_of, unlabelled_of
 from ml_assets.drift_reports.watch import Watch
@@ -95,8 +95,8 @@ def _look(
     traffic: Traffic,
     at: datetime,
 ) -> BuiltLook:
-    embed = embedder(spec, store, home, champion)
-    reference = find_reference(spec, store, home, champion, embed)
+    models = Models(spec, store, home, champion)
+    reference = find_reference(spec, store, champion, models)
     watch = Watch(spec, reference, float(spec.drift.one_false_alarm_in.removesuffix("d")))
     key, newest = reference_key(spec, champion), _newest_key(spec)
     known = store.recall(KIND, key)
@@ -112,7 +112,7 @@ def _look(
     read = watch.progress.to_seq, watch.progress.feedback_seq
     while records := traffic.requests(spec.name, after_seq=watch.progress.to_seq, limit=CHUNK):
         ours = [r for r in records if r.adapter_digest == champion.adapter_digest and r.status == 200]
-        watch.add([(observe(spec, reference.rule, r), r.answer or "") for r in ours], embed)
+        watch.add([(observe(spec, reference.rule, r), r.answer or "") for r in ours], models.embed)
         watch.progress.to_seq = max(watch.progress.to_seq, *(r.seq or 0 for r in records))
     judged = traffic.feedback(spec.name, after_seq=watch.progress.feedback_seq)
     watch.judge([j for j in judged if j.request.adapter_digest == champion.adapter_digest])

@@ -211,28 +211,32 @@ def _layers(inner: Any) -> Any:
     return max(lists, key=len)
 
 
-# -- kept --------------------------------------------------------------------------------------------
+# -- kept ----------------------------------------------------------------------------------------------
 
 
-class Kept:
-    """Embeddings of blocks that were computed before, below `folder`: one file for each block of texts,
-    named by what it was made from."""
+class Embedder:
+    """An embedding whose model is loaded when the first text needs it. `kept` keeps what it computed below
+    `folder`: one file for each block of texts, named by what it was made from."""
 
-    def __init__(self, embed: Callable[[], Embed], folder: Path, identity: str):
-        self._make = embed
+    def __init__(self, make: Callable[[], Embed], folder: Path, identity: str):
+        self._make = make
         self._embed: Embed | None = None
         self.folder = folder
         self.identity = identity
 
     def __call__(self, texts: Sequence[str]) -> Vectors:
+        if self._embed is None:
+            self._embed = self._make()
+        return self._embed(texts)
+
+    def kept(self, texts: Sequence[str]) -> Vectors:
+        """For the rows of a dataset, which come again with the next champion."""
         name = sha256_bytes(canonical_json([self.identity, [readable(text) for text in texts]]))
         path = self.folder / name[:2] / f"{name}.f32"
         if path.exists():
-            rows = np.frombuffer(path.read_bytes(), dtype=np.float32)
+            rows = np.frombuffer(path.read_bytes(), dtype="<f4").astype(np.float32)
             if len(rows) and len(rows) % len(texts) == 0:
                 return rows.reshape(len(texts), -1)
-        if self._embed is None:
-            self._embed = self._make()
-        rows = self._embed(texts)
+        rows = self(texts)
         write_atomic(path, rows.astype("<f4").tobytes())
         return rows

