@@ -18,6 +18,8 @@ from ml_assets.endpoints.gateway import vllm
 from ml_assets.endpoints.gateway.client import GatewayClient, GatewayError
 from ml_assets.endpoints.gateway.vllm import VllmEngine
 from ml_assets.endpoints.release import serve_again, verify_served
+from ml_assets.traffic.store import TrafficLog
+from ml_assets.traffic.writer import TrafficWriter
 
 MAX_NEW = 12
 
@@ -133,6 +135,30 @@ def test_an_answer_ends_where_the_model_ends_its_turn(one: Fleet, adapters: list
     body = one.chat().json()
     assert body["choices"][0]["finish_reason"] == "stop"
     assert body["usage"]["completion_tokens"] == tokens.index(tokens[2])
+
+
+def test_traffic_tells_the_log_probability_of_an_answer(world: World, adapters: list[Made]) -> None:
+    writer = TrafficWriter(f"sqlite:///{world.home}/traffic.db")
+    with small_vllm(world, adapters[0]) as server, fleet_of(world, [server], traffic=writer) as (url, app):
+        fleet = Fleet(world, url, app, [server])
+        fleet.serve(adapters[0])
+
+        def mean_logprob() -> float | None:
+            answer = fleet.chat().json()
+            assert writer.flush()
+            record = TrafficLog(writer.url).request(answer["id"])
+            assert record is not None and record.answer == answer["choices"][0]["message"]["content"]
+            return record.mean_logprob
+
+        assert mean_logprob() == pytest.approx(-0.5)
+        text = app.state.engine.served["home"].text
+        tokens = list(_tokens(fleet, text.encode(QUESTION), adapters[0]))
+        text.chat.stop_ids = server.base.chat.stop_ids = frozenset({tokens[2]})
+        before = tokens.index(tokens[2])
+        assert mean_logprob() == pytest.approx((-0.5 * before - 0.25) / (before + 1)), "its end included"
+        server.tells_logprobs = False
+        assert mean_logprob() is None
+    withdraw(world)
 
 
 def _tokens(fleet: Fleet, prompt: list[int], made: Made) -> list[int]:

@@ -59,6 +59,7 @@ class SmallVllm:
         self.break_after: int | None = None
         self.refuse: str | None = None
         self.status = 200
+        self.tells_logprobs = True
         self.runtime_loras = True
         self.mounted = True
         self.hangs = False
@@ -173,7 +174,9 @@ class SmallVllm:
                 return generate(self.base, [body["prompt"]], body["max_tokens"])[0]
 
         def chunk(tokens: list[int], reason: str | None) -> bytes:
-            choice = {"index": 0, "text": "", "token_ids": tokens, "finish_reason": reason}
+            choice: dict[str, Any] = {"index": 0, "text": "", "token_ids": tokens, "finish_reason": reason}
+            if self.tells_logprobs and "logprobs" in body:
+                choice["logprobs"] = {"token_logprobs": [-0.25 if reason == "stop" else -0.5] * len(tokens)}
             return f"data: {json.dumps({'choices': [choice]})}\n\n".encode()
 
         self.open += 1
