@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 import dagster as dg
 import yaml
+from dagster._core.definitions.unresolved_asset_job_definition import UnresolvedAssetJobDefinition
 from dagster._utils.schedules import is_valid_cron_string
 from pydantic import BaseModel, GetJsonSchemaHandler, RootModel
 
@@ -286,7 +287,7 @@ class Customization(dg.Component):
 
     def _job(
         self, kind: str, assets: Sequence[dg.AssetsDefinition], description: str
-    ) -> dg.UnresolvedAssetJobDefinition:
+    ) -> UnresolvedAssetJobDefinition:
         return dg.define_asset_job(
             f"{self.spec.name}__{kind}",
             selection=dg.AssetSelection.assets(*assets),

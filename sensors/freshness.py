@@ -4,6 +4,7 @@ import json
 from collections.abc import Collection, Mapping, Sequence
 
 import dagster as dg
+from dagster._core.definitions.unresolved_asset_job_definition import UnresolvedAssetJobDefinition
 
 from ml_assets.decisions.book import DecisionBook
 from ml_assets.decisions.diagnosis import Policy, predict
@@ -16,7 +17,7 @@ from ml_assets.spec import CustomizationSpec
 from resources.ledger import LedgerResource
 from sensors.dispatch import RUNS_PER_TICK, dispatch, listing, running, tick_result
 
-Job = dg.JobDefinition | dg.UnresolvedAssetJobDefinition
+Job = dg.JobDefinition | UnresolvedAssetJobDefinition
 NEW_PER_TICK = 100
 """Decisions that a tick makes; each reads what trainings of its customization cost."""
 
@@ -39,9 +40,10 @@ def build_stale_data_sensor(
     def stale_data(context: dg.SensorEvaluationContext, ledger: LedgerResource) -> dg.SensorResult:
         with ledger.opened() as opened:
             book, at = DecisionBook(opened), now()
-            notes, serving = book.notes(), opened.current_all()
+            notes, newest = book.notes(), opened.latest_all()
+            serving = {name: row for name, row in newest.items() if row.action != "withdraw"}
             at_work = {claim.customization for claim in book.claims()}
-            found = _find(by_name, notes, serving, at_work, at)
+            found = _find(by_name, notes, newest, at_work, at)
             at_work |= running(context.instance, [spec.name for spec, *_ in found]).keys()
             made = _record(opened, [one for one in found if one[0].name not in at_work], notes, serving, at)
             done = dispatch(
@@ -83,7 +85,7 @@ def build_stale_data_sensor(
 def _find(
     specs: Mapping[str, CustomizationSpec],
     notes: Mapping[str, Mapping[str, Note]],
-    serving: Mapping[str, Release],
+    newest: Mapping[str, Release],
     at_work: Collection[str],
     at: str,
 ) -> list[tuple[CustomizationSpec, Stale]]:
@@ -92,7 +94,7 @@ def _find(
         (spec, stale)
         for name, spec in specs.items()
         if name not in at_work
-        for stale in find_stale(spec, notes.get(name, {}), serving.get(name), at)
+        for stale in find_stale(spec, notes.get(name, {}), newest.get(name), at)
     ]
 
 
