@@ -529,6 +529,12 @@ class MaintenanceSpec(Block):
         le=1,
         description="share of the old rows that an incremental update trains on again",
     )
+    update_rate: float = Field(
+        default=0.5,
+        gt=0,
+        le=1,
+        description="learning rate of an incremental update, of `adapter.learning_rate`",
+    )
     full_after: int = Field(
         default=5, ge=1, description="incremental updates in a row before a retrain from scratch"
     )

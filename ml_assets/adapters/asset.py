@@ -4,8 +4,10 @@ import time
 from pathlib import Path
 
 import dagster as dg
+from pydantic import Field
 
 from ml_assets.adapters.checks import adapter_checks, check_specs
+from ml_assets.adapters.incremental import NoUpdate, plan_update
 from ml_assets.adapters.kind import resolve_kind
 from ml_assets.adapters.manifest import CODE_VERSION
 from ml_assets.adapters.pictures import loss_curve
@@ -24,6 +26,17 @@ PROGRESS_SECONDS = 10.0
 """Between two progress lines in the Dagster log."""
 
 PROJECT_ROOT = Path(__file__).parents[2]
+
+
+class TrainingConfig(dg.Config):
+    """How an adapter is trained."""
+
+    mode: str = Field(
+        default="full",
+        pattern="^(full|incremental)$",
+        description="`full`: from scratch on all training rows. `incremental`: from the champion's weights, "
+        "on the rows that are new to it and a sample of the others (`maintenance.replay`).",
+    )
 
 
 def build_adapter_asset(spec: CustomizationSpec) -> dg.AssetsDefinition:
@@ -54,6 +67,7 @@ def build_adapter_asset(spec: CustomizationSpec) -> dg.AssetsDefinition:
     )
     def adapter(
         context: dg.AssetExecutionContext,
+        config: TrainingConfig,
         artifact_store: ArtifactStoreResource,
         mlflow_tracking: MlflowTracking,
         ledger: LedgerResource,
@@ -63,8 +77,19 @@ def build_adapter_asset(spec: CustomizationSpec) -> dg.AssetsDefinition:
         require_followed(spec, context.partition_key)
         settings, store = Settings.from_env(), artifact_store.store()
         inputs = open_inputs(spec, store, base_model, dataset)
+        choice = None
         try:
-            inputs, choice = resolve_kind(inputs, store, settings.home, context.log.info)
+            if config.mode == "incremental":
+                parent = _champion(mlflow_tracking, spec.name)
+                policy = spec.maintenance
+                inputs = plan_update(inputs, store, parent, replay=policy.replay, rate=policy.update_rate)
+                update = inputs.update
+                assert update is not None
+                context.log.info(
+                    f"from {parent}: {len(update.new)} new rows, {len(update.replayed)} old ones"
+                )
+            else:
+                inputs, choice = resolve_kind(inputs, store, settings.home, context.log.info)
         except UNTRAINABLE as error:
             raise dg.Failure(str(error), allow_retries=False) from error
         with mlflow_tracking.run(
@@ -123,6 +148,13 @@ def build_adapter_asset(spec: CustomizationSpec) -> dg.AssetsDefinition:
     return adapter
 
 
+def _champion(tracking: MlflowTracking, customization: str) -> ArtifactRef:
+    champion = tracking.get_alias(customization, "champion")
+    if champion is None:
+        raise NoUpdate(f"{customization} has no champion to update: train from scratch")
+    return ArtifactRef("adapter", champion.adapter_digest)
+
+
 def require_followed(spec: CustomizationSpec, partition_key: str) -> None:
     """Refuse a base revision of a family that the customization does not follow."""
     family = partition_key.rpartition("@")[0]
@@ -159,6 +191,7 @@ def _metadata(trained: TrainedAdapter, directory: Path) -> dict[str, dg.Metadata
         "trained_before": dg.MetadataValue.bool(trained.reused),
         "final_loss": dg.MetadataValue.float(record["losses"][-1]),
         "kind": dg.MetadataValue.text(manifest["kind"]),
+        **({"update": dg.MetadataValue.json(manifest["update"])} if manifest.get("update") else {}),
         "steps": dg.MetadataValue.int(manifest["steps"]),
         "trained_tokens": dg.MetadataValue.int(manifest["trained_tokens"]),
         "device_seconds": dg.MetadataValue.float(record["seconds"]),

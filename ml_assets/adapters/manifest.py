@@ -3,17 +3,27 @@
 import platform
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ml_assets.artifacts import canonical_json, sha256_bytes
 from ml_assets.spec import CustomizationSpec
+
+if TYPE_CHECKING:
+    from ml_assets.adapters.incremental import Update
 
 CODE_VERSION = "1"
 """Raise when the rendering of prompts or the choice of rows changes; the trainer has a version of its own."""
 
 
-def input_key(spec: CustomizationSpec, base_identity: str, dataset_digest: str, training_version: str) -> str:
-    """64 hex: the hash of all that goes into a training. Equal keys need no second training."""
+def input_key(
+    spec: CustomizationSpec,
+    base_identity: str,
+    dataset_digest: str,
+    training_version: str,
+    update: Mapping[str, Any] | None = None,
+) -> str:
+    """64 hex: the hash of all that goes into a training. Equal keys need no second training. `update` names
+    what an incremental update goes on from."""
     parts: dict[str, Any] = {
         "customization": spec.name,
         "base_identity": base_identity,
@@ -24,6 +34,8 @@ def input_key(spec: CustomizationSpec, base_identity: str, dataset_digest: str, 
     }
     if spec.evaluation.answer_by != "generation":  # how an adapter answers is part of it
         parts["answer_by"] = spec.evaluation.answer_by
+    if update is not None:
+        parts["update"] = update
     return sha256_bytes(canonical_json(parts))
 
 
@@ -40,6 +52,7 @@ def build_manifest(
     trained_tokens: int,
     fingerprint: Mapping[str, Any],
     labels: list[str],
+    update: "Update | None" = None,
 ) -> dict[str, Any]:
     """The adapter's manifest.json. It holds nothing that differs between two trainings of the same inputs on
     the same hardware class: times and costs are in the artifact store's index record."""
@@ -62,8 +75,16 @@ def build_manifest(
         "code_version": f"{CODE_VERSION}.{training_version}",
         "libraries": library_versions(),
         "hardware_class": hardware_class,
-        "parent": None,
-        "rung": "full_training",
+        "parent": update.parent.digest if update else None,
+        "rung": "incremental_update" if update else "full_training",
+        "update": {
+            "generation": update.generation,
+            "replay": update.replay,
+            "new_rows": len(update.new),
+            "replayed_rows": len(update.replayed),
+        }
+        if update
+        else None,
         "steps": steps,
         "trained_tokens": trained_tokens,
         "input_key": key,

@@ -8,6 +8,7 @@ from typing import Any
 import dagster as dg
 from pydantic import Field
 
+from ml_assets.adapters.incremental import plan_update
 from ml_assets.adapters.train import AdapterInputs, open_inputs, train_adapter
 from ml_assets.artifacts import ArtifactRef, ArtifactStore, read_json, sha256_file
 from ml_assets.base_models.partitions import BASE_MODELS
@@ -34,7 +35,11 @@ def reproduce_inputs(
             f"{adapter} was trained on base {manifest['base_identity'][:12]}, "
             f"{base_model} is {inputs.base_manifest['identity'][:12]}"
         )
-    return replace(inputs, spec=then), manifest
+    inputs = replace(inputs, spec=then)
+    if manifest.get("update"):
+        parent = ArtifactRef("adapter", manifest["parent"])
+        inputs = plan_update(inputs, store, parent, replay=manifest["update"]["replay"])
+    return inputs, manifest
 
 
 def compare(

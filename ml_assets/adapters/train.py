@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ml_assets.adapters.fingerprint import choose_probes, make_fingerprint, measure
 from ml_assets.adapters.manifest import build_manifest, input_key
@@ -20,6 +20,9 @@ from ml_assets.artifacts import ArtifactError, ArtifactRef, ArtifactStore, canon
 from ml_assets.datasets.snapshot import load_rows
 from ml_assets.spec import CustomizationSpec
 
+if TYPE_CHECKING:
+    from ml_assets.adapters.incremental import Update
+
 KIND = "adapter"
 
 UNTRAINABLE = (ValueError, FloatingPointError)
@@ -30,13 +33,14 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class AdapterInputs:
-    """What a training reads, opened and verified."""
+    """What a training reads, opened and verified. With `update`, it goes on from an earlier adapter."""
 
     spec: CustomizationSpec
     base_directory: Path
     base_manifest: dict[str, Any]
     dataset_directory: Path
     dataset_digest: str
+    update: "Update | None" = None
 
     @property
     def key(self) -> str:
@@ -44,7 +48,8 @@ class AdapterInputs:
         from ml_assets.engine.training import TRAINING_VERSION
 
         identity = self.base_manifest["identity"]
-        return input_key(self.spec, identity, self.dataset_digest, TRAINING_VERSION)
+        update = self.update.identity() if self.update else None
+        return input_key(self.spec, identity, self.dataset_digest, TRAINING_VERSION, update)
 
 
 @dataclass(frozen=True)
@@ -104,7 +109,7 @@ def train_adapter(
     base = load_base(inputs.base_directory, hardware.compute_dtype(home))
     rows = load_rows(inputs.dataset_directory, "train")
     labels = answer_labels(spec, rows)
-    examples = training_examples(base, spec.prompt, rows)
+    examples = training_examples(base, spec.prompt, inputs.update.rows if inputs.update else rows)
     checkpoints = checkpoint_folder(home, key)
     with (
         hardware.computing(home),
@@ -120,6 +125,7 @@ def train_adapter(
             checkpoints=checkpoints if reuse else None,
             checkpoint_seconds=checkpoint_seconds,
             prompt_cache=home / "prompt_cache" if reuse else scratch,
+            start=inputs.update.parent_directory if inputs.update else None,
             on_progress=on_progress,
         )
         manifest = build_manifest(
@@ -134,6 +140,7 @@ def train_adapter(
             trained_tokens=result.tokens,
             fingerprint=_fingerprint(base, spec, inputs.dataset_directory, staging),
             labels=labels,
+            update=inputs.update,
         )
         (staging / "manifest.json").write_bytes(canonical_json(manifest) + b"\n")
         ref = store.publish_directory(KIND, staging)

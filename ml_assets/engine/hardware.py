@@ -66,9 +66,20 @@ def prepare_process() -> None:
 
 
 def use_threads(count: int) -> None:
-    """Compute with this many threads from now on."""
-    if torch.get_num_threads() != count:
-        torch.set_num_threads(count)
+    """Compute with this many threads from now on, in the calling thread."""
+    torch.set_num_threads(count)  # also when it seems so already: MKL's number is that of the whole process
+    # A thread takes the number that was set last, by whichever thread, when torch is first asked for it there.
+    torch.get_num_threads()
+
+
+def compute_alone() -> None:
+    """Let the calling thread compute with itself alone, so that another one can use all cores.
+
+    Each thread that computes with several has OpenMP threads of its own. As soon as there are more of all of
+    them together than cores, libgomp lets them sleep at every barrier, and waking them takes longer than most
+    products of a decoding step: with two such threads it took two to three times as long.
+    """
+    use_threads(1)
 
 
 @contextlib.contextmanager

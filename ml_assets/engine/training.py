@@ -15,11 +15,18 @@ from pathlib import Path
 
 import torch
 
-from ml_assets.artifacts import canonical_json, sha256_bytes
+from ml_assets.artifacts import canonical_json, sha256_bytes, sha256_file
 from ml_assets.engine.checkpoint import load_checkpoint, save_checkpoint
 from ml_assets.engine.forward import answer_log_probs
 from ml_assets.engine.loading import Base
-from ml_assets.engine.lora import Adapter, Route, adapter_config, new_adapter
+from ml_assets.engine.lora import (
+    Adapter,
+    IncompatibleAdapter,
+    Route,
+    adapter_config,
+    new_adapter,
+    read_adapter,
+)
 from ml_assets.engine.prompt_cache import PromptCache
 from ml_assets.spec import AdapterRecipe
 
@@ -93,6 +100,7 @@ def train_lora(
     checkpoints: Path | None = None,
     checkpoint_seconds: float = 30.0,
     prompt_cache: Path | None = None,
+    start: Path | None = None,
     on_progress: Callable[[Progress], None] | None = None,
 ) -> TrainResult:
     """Train a LoRA adapter on `base` and write `adapter_model.safetensors` and `adapter_config.json` to
@@ -105,18 +113,25 @@ def train_lora(
             ends with the same bytes as an uninterrupted one.
         checkpoint_seconds: least time between two checkpoints; 0 saves at every step.
         prompt_cache: folder for what the base computes for prompts (activated LoRA), shared by all trainings.
+        start: folder of an adapter of the same shape whose weights this training goes on from.
 
     Raises:
         BadExample: an example is empty or too long.
         FloatingPointError: the loss is no longer a finite number.
+        IncompatibleAdapter: the adapter to start from has another shape.
     """
     _check_examples(examples, recipe.max_length or base.context_length)
     with lora_for_training(base, recipe, targets) as adapter:
+        if start is not None:
+            _copy_weights(base, start, adapter)
         _check_invocation(examples, adapter.invocation or [])
         heads = [example.prompt[: -len(adapter.invocation)] for example in examples if adapter.invocation]
         prompts = PromptCache(base, heads, prompt_cache) if heads else None
         with _Crew(base, adapter, recipe, prompts) as crew:
-            result = _run(base, examples, recipe, crew, checkpoints, checkpoint_seconds, on_progress)
+            identity = _training_identity(base, examples, recipe, crew.workers, start)
+            result = _run(
+                base, examples, recipe, crew, identity, checkpoints, checkpoint_seconds, on_progress
+            )
         _save_adapter(base, adapter, targets, output)
     return result
 
@@ -218,12 +233,12 @@ def _run(
     examples: Sequence[Example],
     recipe: AdapterRecipe,
     crew: "_Crew",
+    identity: str,
     checkpoints: Path | None,
     checkpoint_seconds: float,
     on_progress: Callable[[Progress], None] | None,
 ) -> TrainResult:
     plan = plan_batches([len(example) for example in examples], recipe)
-    identity = _training_identity(base, examples, recipe, crew.workers)
     weights = crew.weights
     optimizer = torch.optim.AdamW(
         [weights.master], lr=recipe.learning_rate, weight_decay=recipe.weight_decay, fused=True
@@ -419,6 +434,20 @@ class _FlatWeights:
         self.publish()
 
 
+def _copy_weights(base: Base, directory: Path, adapter: Adapter) -> None:
+    """Let `adapter` begin with the weights in `directory`."""
+    saved = read_adapter(base.model, directory, base.model.dtype, base.device).named_tensors()
+    wanted = adapter.named_tensors()
+    shapes = {key: tuple(tensor.shape) for key, tensor in wanted.items()}
+    if shapes != {key: tuple(tensor.shape) for key, tensor in saved.items()}:
+        raise IncompatibleAdapter(
+            f"{directory}: expected the modules and ranks of this training, found others"
+        )
+    with torch.no_grad():
+        for key, tensor in wanted.items():
+            tensor.copy_(saved[key])
+
+
 def _save_adapter(base: Base, adapter: Adapter, targets: Sequence[str], output: Path) -> None:
     from safetensors.torch import save_file
 
@@ -431,7 +460,9 @@ def _save_adapter(base: Base, adapter: Adapter, targets: Sequence[str], output: 
     (output / "adapter_config.json").write_bytes(canonical_json(config) + b"\n")
 
 
-def _training_identity(base: Base, examples: Sequence[Example], recipe: AdapterRecipe, workers: int) -> str:
+def _training_identity(
+    base: Base, examples: Sequence[Example], recipe: AdapterRecipe, workers: int, start: Path | None
+) -> str:
     """Names what a checkpoint continues: another base, data or recipe starts afresh."""
     data = [[example.prompt, example.target] for example in examples]
     parts = {
@@ -441,6 +472,7 @@ def _training_identity(base: Base, examples: Sequence[Example], recipe: AdapterR
         "data": sha256_bytes(canonical_json(data)),
         "workers": workers,
         "version": TRAINING_VERSION,
+        "start": sha256_file(start / "adapter_model.safetensors") if start else None,
     }
     return sha256_bytes(canonical_json(parts))
 

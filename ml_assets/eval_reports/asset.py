@@ -226,6 +226,18 @@ def _metadata(built: BuiltReport) -> dict[str, dg.MetadataValue]:
         "evaluated_before": dg.MetadataValue.bool(built.reused),
         "rows": dg.MetadataValue.int(summary["rows"]),
     }
+    if summary["transfer"]:
+        metadata["transfer"] = dg.MetadataValue.table(
+            [
+                dg.TableRecord(
+                    {
+                        name: round(part[name], 4) if isinstance(part[name], float) else part[name]
+                        for name in part
+                    }
+                )
+                for part in summary["transfer"]
+            ]
+        )
     for arm, entry in summary["arms"].items():
         if found := entry["metrics"][summary["metric"]]:
             metadata[f"{arm}_{summary['metric'].rpartition(':')[2]}"] = dg.MetadataValue.float(

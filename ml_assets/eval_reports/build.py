@@ -7,7 +7,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ml_assets.artifacts import ArtifactRef, ArtifactStore, canonical_json, sha256_bytes, sha256_file
+from ml_assets.artifacts import (
+    ArtifactError,
+    ArtifactRef,
+    ArtifactStore,
+    canonical_json,
+    sha256_bytes,
+    sha256_file,
+)
 from ml_assets.datasets.snapshot import load_rows
 from ml_assets.eval_reports.gate import Decision, better_arm, decide
 from ml_assets.eval_reports.metrics import resolve_callable
@@ -30,7 +37,7 @@ if TYPE_CHECKING:
     from ml_assets.engine.loading import Base
 
 KIND = "eval_report"
-REPORT_VERSION = "1"
+REPORT_VERSION = "2"
 """Raise when the same lines would give another report."""
 
 
@@ -123,10 +130,10 @@ def build_report(
 
     hardware.prepare_process()
     with hardware.computing(home):
-        lines, decision, seconds, about = _evaluate(
+        lines, decision, seconds, about, known = _evaluate(
             spec, root, store, home, compute, adapter, dataset, base_model, champion, on_progress
         )
-    summary = summarize(lines, spec.evaluation, decision, about)
+    summary = summarize(lines, spec.evaluation, decision, about, known)
     text = "".join(json.dumps(line, ensure_ascii=False, sort_keys=True) + "\n" for line in lines)
     ref = store.publish(
         KIND,
@@ -163,7 +170,7 @@ def _evaluate(
     base_model: ArtifactRef,
     champion: Champion | None,
     on_progress: Callable[[str, int, int], None] | None,
-) -> tuple[list[Row], Decision, dict[str, list[float] | None], dict[str, Any]]:
+) -> tuple[list[Row], Decision, dict[str, list[float] | None], dict[str, Any], set[str]]:
     from ml_assets.engine import hardware
     from ml_assets.engine.loading import load_base, read_json
 
@@ -207,9 +214,11 @@ def _evaluate(
     revision = base.manifest["revision"]
 
     served: dict[str, Any] = {}
+    known: set[str] = set()
     if champion is not None:
         folder = store.open(champion.adapter)
         served = read_json(folder / "manifest.json")
+        known = _evaluation_rows(store, served["dataset"])
         if champion.base_model is not None:
             del base  # two bases in memory at once may be more than there is
             base = load_base(store.open(champion.base_model), dtype)
@@ -248,7 +257,16 @@ def _evaluate(
         "few_shot_examples": next((len(arm.examples) for arm in arms if arm.name == "few_shot"), 0),
         "computed_with": compute,
     }
-    return lines, decision, seconds, about
+    return lines, decision, seconds, about, known
+
+
+def _evaluation_rows(store: ArtifactStore, dataset: str) -> set[str]:
+    """The rows that a champion was evaluated on when it was new; none where its dataset is gone."""
+    try:
+        rows = load_rows(store.open(ArtifactRef("dataset", dataset)), "evaluation")
+    except ArtifactError:
+        return set()
+    return {row["_row"] for row in rows}
 
 
 def _labels(manifest: Mapping[str, Any]) -> list[str]:

@@ -3,7 +3,7 @@
 import base64
 import io
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,11 +40,16 @@ def arm_title(arm: str) -> str:
 
 
 def summarize(
-    lines: Sequence[Row], evaluation: EvaluationSpec, decision: Decision, about: Mapping[str, Any]
+    lines: Sequence[Row],
+    evaluation: EvaluationSpec,
+    decision: Decision,
+    about: Mapping[str, Any],
+    known_to_champion: Collection[str] = (),
 ) -> dict[str, Any]:
     """The content of summary.json: per arm and segment, means with 95 % intervals; all from the lines.
 
-    `about` names what was evaluated: customization, base_revision, adapter, champion, dataset, ...
+    `about` names what was evaluated: customization, base_revision, adapter, champion, dataset, ...;
+    `known_to_champion` the evaluation rows of the dataset that the champion was trained on.
     """
     by_arm: dict[str, list[Row]] = defaultdict(list)
     for line in lines:
@@ -72,6 +77,7 @@ def summarize(
             for arm, rows in sampled.items()
         },
         "segments": _segments(sampled, evaluation, names[0]),
+        "transfer": _transfer(sampled, evaluation, names[0], known_to_champion),
         "decision": decision.as_json(),
     }
 
@@ -135,6 +141,40 @@ def _segments(
                 }
             )
     return sorted(found, key=lambda s: (evaluation.segments.index(s["column"]), -s["rows"], s["value"]))
+
+
+def _transfer(
+    sampled: Mapping[str, Sequence[Row]], evaluation: EvaluationSpec, metric: str, known: Collection[str]
+) -> list[dict[str, Any]]:
+    """What the candidate changes against the champion: on rows of the champion's own dataset (`old`: backward
+    transfer, Lopez-Paz & Ranzato 2017, arXiv 1706.08840) and on rows that came later (`new`), in all and for
+    every segment. Empty without a champion."""
+    if "champion" not in sampled:
+        return []
+    groups: dict[tuple[str, str], dict[str, list[float]]] = {}
+    champion = {row["row"]: row["scores"][metric] for row in sampled["champion"] if metric not in CORPUS}
+    for row in sampled["adapter"]:
+        if row["row"] not in champion:
+            continue
+        age = "old" if row["row"] in known else "new"
+        names = ["all", *(f"{column} = {value}" for column, value in row["segments"].items())]
+        for name in names:
+            found = groups.setdefault((age, name), {"before": [], "after": []})
+            found["before"].append(champion[row["row"]])
+            found["after"].append(row["scores"][metric])
+    return [
+        {
+            "rows_are": age,
+            "segment": name,
+            "rows": len(found["before"]),
+            "before": float(np.mean(found["before"])),
+            "after": float(np.mean(found["after"])),
+            "change": float(np.mean(found["after"]) - np.mean(found["before"])),
+        }
+        for (age, name), found in sorted(
+            groups.items(), key=lambda item: (item[0][0] == "new", item[0][1] != "all", item[0][1])
+        )
+    ]
 
 
 def worst_examples(

@@ -4,8 +4,15 @@ import os
 import signal
 import subprocess
 import sys
+from concurrent.futures import Future
 from pathlib import Path
 
+import pytest
+import torch
+
+from ml_assets.artifacts import ArtifactStore
+from ml_assets.endpoints.gateway.engine import Engine
+from ml_assets.engine import hardware
 from ml_assets.engine.hardware import computing, neighbours
 
 CHILD = """
@@ -35,6 +42,26 @@ def test_a_neighbour_is_seen_until_it_ends(tmp_path: Path) -> None:
         os.kill(child.pid, signal.SIGKILL)
         child.wait()
     assert not neighbours(home)
+
+
+def test_only_one_thread_of_the_gateway_computes_with_all_cores(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EVERGREEN_HOME", str(tmp_path))
+    monkeypatch.setattr(hardware, "threads", lambda: 2)
+    engine = Engine(ArtifactStore(str(tmp_path / "artifacts")))
+    engine.start()
+    try:
+        engine._loader.submit(lambda: None).result(60)
+        computing_with: Future[int] = Future()
+        with engine._changed:
+            engine._jobs.append(lambda: computing_with.set_result(torch.get_num_threads()))
+            engine._changed.notify_all()
+        assert computing_with.result(60) == 2
+        # torch takes the number that any thread set last, unless this thread has asked for its own before
+        assert engine._loader.submit(torch.get_num_threads).result(60) == 1
+    finally:
+        engine.close()
 
 
 def test_threads_do_not_spin_for_long_unless_told_otherwise() -> None:

@@ -271,7 +271,8 @@ class Engine:
         self._idle: dict[str, Live] = {}
         self._pace = _Pace()
         self._closed = False
-        self._loader = ThreadPoolExecutor(1, thread_name_prefix="load")
+        self._prepared = threading.Event()
+        self._loader = ThreadPoolExecutor(1, thread_name_prefix="load", initializer=self._prepare_loader)
         self._vllm_loader = ThreadPoolExecutor(1, thread_name_prefix="load-vllm")
         self._thread = threading.Thread(target=self._work, name="compute", daemon=True)
 
@@ -574,6 +575,8 @@ class Engine:
 
         hardware.prepare_process()
         home, threads, looked = Settings.from_env().home, hardware.threads(), 0.0
+        hardware.compute_dtype(home)  # measured on this thread, if it has to be
+        self._prepared.set()
         while True:
             with self._changed:
                 while not (self._closed or self._jobs or any(self._waiting.values()) or self._live):
@@ -592,6 +595,12 @@ class Engine:
             self._admit()
             self._step()
             self._choose_labels()
+
+    def _prepare_loader(self) -> None:
+        from ml_assets.engine import hardware
+
+        self._prepared.wait()
+        hardware.compute_alone()
 
     def _attach(self, version: Version, read: Any) -> None:
         base = version.ready.base

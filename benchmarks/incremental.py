@@ -1,0 +1,184 @@
+"""Incremental updates against a retrain on everything: compute saved, points lost on old rows and gained on
+new ones, and what replay buys.
+
+    python -m benchmarks.incremental --quick
+
+A champion is trained on commands of an old release of `home-assistant-intents` in one language; then rows of
+a later release come, with other wordings, new intents and a second language. Everything runs through the
+functions that the assets call, in an artifact store of its own.
+"""
+
+import json
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.common import cached_base, number, options, parser, print_json, say, start, table
+from benchmarks.tasks import customization
+from examples.home_commands.source import utterances
+from ml_assets.adapters.incremental import plan_update
+from ml_assets.adapters.train import AdapterInputs, TrainedAdapter, train_adapter
+from ml_assets.artifacts import ArtifactStore, read_json
+from ml_assets.datasets.build import BuiltDataset, build_dataset
+from ml_assets.datasets.snapshot import load_rows
+from ml_assets.settings import Settings
+from ml_assets.spec import AdapterRecipe, CustomizationSpec
+
+OLD, NEW = "2023.9.22", "2026.10.27"
+NO_REPLAY = "update, no replay"
+UPDATE, RETRAIN, CHAMPION = "update, replay", "retrain on everything", "champion"
+
+Answers = dict[str, list[dict[str, Any]]]
+
+
+def main() -> None:
+    arguments = parser(str(__doc__).split("\n\n")[0])
+    arguments.add_argument("--rows", type=int, help="of the old release; default 1500, with --quick 500")
+    arguments.add_argument("--new-rows", type=int, help="of the new release; default a third of --rows")
+    arguments.add_argument("--seed", type=int, default=0, help="of the rows and of the trainings")
+    given = arguments.parse_args()
+    chosen = options(given)
+    rows = given.rows or (500 if chosen.quick else 1500)
+    base = cached_base(chosen.cache)
+    with tempfile.TemporaryDirectory(dir=chosen.cache) as folder:
+        run = Run(Path(folder), base, rows, given.new_rows or rows // 3, given.seed)
+        report(run, run.measure())
+
+
+class Run:
+    """The champion, its successors and what they answer."""
+
+    def __init__(self, folder: Path, base: Path, rows: int, new_rows: int, seed: int):
+        self.folder, self.base, self.seed = folder, base, seed
+        self.counts = {"old": rows, "new": new_rows}
+        self.settings = replace(Settings.from_env(), home=folder)
+        self.store = ArtifactStore(str(folder / "artifacts"), folder / "cache")
+        self.spec = self._spec()
+        self.seconds: dict[str, float] = {}
+        self.trained_rows: dict[str, int] = {}
+
+    def _spec(self) -> CustomizationSpec:
+        declared = customization("home_commands")
+        source = {"kind": "jsonl", "path": str(self.folder / "rows.jsonl")}
+        content = declared.model_dump(mode="json") | {"source": source}
+        recipe = AdapterRecipe(**declared.adapter.model_dump() | {"seed": self.seed})
+        evaluation = content["evaluation"] | {"max_rows": None}
+        return CustomizationSpec.model_validate(
+            content | {"adapter": recipe.model_dump(exclude_none=True), "evaluation": evaluation}
+        )
+
+    def dataset(self, rows: Sequence[Mapping[str, str]]) -> BuiltDataset:
+        text = "".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in rows)
+        (self.folder / "rows.jsonl").write_text(text, encoding="utf-8")
+        return build_dataset(self.spec, self.folder, self.settings, self.store)
+
+    def measure(self) -> dict[str, Any]:
+        """Train, in turn: the champion, the update, the update without replay, the retrain. Then evaluate."""
+        old = utterances(OLD, self.counts["old"], self.seed, languages=["en"])
+        new = utterances(NEW, self.counts["new"], self.seed + 1, languages={"en": 0.5, "de": 0.5})
+        before, after = self.dataset(old), self.dataset([*old, *new])
+        champion_inputs, inputs = self._inputs(before), self._inputs(after)
+        champion = self._train(CHAMPION, champion_inputs)
+        policy = self.spec.maintenance
+        adapters = {CHAMPION: champion}
+        for name, replay in ((UPDATE, policy.replay), (NO_REPLAY, 0.0)):
+            update = plan_update(inputs, self.store, champion.ref, replay=replay, rate=policy.update_rate)
+            adapters[name] = self._train(name, update)
+        adapters[RETRAIN] = self._train(RETRAIN, inputs)
+        return self._answers(adapters, before, after)
+
+    def _inputs(self, dataset: BuiltDataset) -> AdapterInputs:
+        manifest = read_json(self.base / "manifest.json")
+        directory = self.store.open(dataset.ref)
+        return AdapterInputs(self.spec, self.base, manifest, directory, dataset.ref.digest)
+
+    def _train(self, name: str, inputs: AdapterInputs) -> TrainedAdapter:
+        rows = inputs.update.rows if inputs.update else load_rows(inputs.dataset_directory, "train")
+        self.trained_rows[name] = len(rows)
+        start = time.monotonic()
+        trained = train_adapter(inputs, self.store, self.settings.home)
+        self.seconds[name] = trained.record["seconds"]
+        say(f"{name}: {len(rows)} rows in {time.monotonic() - start:.0f} s")
+        return trained
+
+    def _answers(
+        self, adapters: Mapping[str, TrainedAdapter], before: BuiltDataset, after: BuiltDataset
+    ) -> dict[str, Any]:
+        """{variant: {"old"|"new": {row: score}}} by the deciding metric, on the evaluation rows that the
+        champion's dataset had and on those that came later; plus the segments of the rows."""
+        from ml_assets.engine import hardware
+        from ml_assets.engine.loading import load_base
+        from ml_assets.eval_reports.runner import Arm, evaluate
+
+        known = {row["_row"] for row in load_rows(self.store.open(before.ref), "evaluation")}
+        directory = self.store.open(after.ref)
+        rows, train = load_rows(directory, "evaluation"), load_rows(directory, "train")
+        base = load_base(self.base, hardware.compute_dtype(self.settings.home))
+        arms = []
+        for name, adapter in adapters.items():
+            base.attach(name, self.store.open(adapter.ref))
+            arms.append(Arm(name, name))
+        start = time.monotonic()
+        lines, _ = evaluate(base, self.spec.prompt, self.spec.evaluation, rows, train, arms)
+        say(f"{len(lines)} answers in {time.monotonic() - start:.0f} s")
+        metric = str(self.spec.evaluation.resolved_metrics()[0])
+        found: dict[str, Any] = {name: {"old": {}, "new": {}} for name in adapters}
+        for line in lines:
+            age = "old" if line["row"] in known else "new"
+            found[line["arm"]][age][line["row"]] = line["scores"][metric]
+        return found
+
+
+def points(found: Mapping[str, Any], name: str, age: str) -> float:
+    """Mean of the deciding metric, in points of 100."""
+    return 100 * float(np.mean(list(found[name][age].values())))
+
+
+def change(found: Mapping[str, Any], name: str, age: str) -> tuple[float, float]:
+    """Points that a variant is above the champion on the same rows, and the standard error of that."""
+    rows = found[CHAMPION][age]
+    differences = 100 * np.array([found[name][age][row] - score for row, score in rows.items()])
+    return float(differences.mean()), float(differences.std(ddof=1) / np.sqrt(len(differences)))
+
+
+def report(run: Run, found: Mapping[str, Any]) -> None:
+    policy = run.spec.maintenance
+    lines = []
+    for name in found:
+        cells = [name, str(run.trained_rows[name]), number(run.seconds[name], 1)]
+        cells.append("-" if name == CHAMPION else number(1 - run.seconds[name] / run.seconds[RETRAIN]))
+        for age in ("old", "new"):
+            cells.append(number(points(found, name, age), 1))
+            moved, error = change(found, name, age)
+            cells.append("-" if name == CHAMPION else f"{moved:+.1f} ± {error:.1f}")
+        lines.append(cells)
+    counts = {age: len(found[CHAMPION][age]) for age in ("old", "new")}
+    print(
+        table(
+            f"Incremental updates: {run.counts['old']} rows of {OLD} (en), then {run.counts['new']} of {NEW} "
+            f"(en, de); {policy.replay:.0%} replay, learning rate × {policy.update_rate:g}; "
+            f"{counts['old']} old and {counts['new']} new evaluation rows",
+            ["variant", "rows", "seconds", "saved", "old rows", "change", "new rows", "change"],
+            lines,
+        )
+    )
+    print_json(
+        {
+            "compute_saved": round(1 - run.seconds[UPDATE] / run.seconds[RETRAIN], 3),
+            "points_lost_old": round(-change(found, UPDATE, "old")[0], 2),
+            "points_gained_new": round(change(found, UPDATE, "new")[0], 2),
+            "points_lost_old_no_replay": round(-change(found, NO_REPLAY, "old")[0], 2),
+            "points_gained_new_no_replay": round(change(found, NO_REPLAY, "new")[0], 2),
+            "points_gained_new_retrain": round(change(found, RETRAIN, "new")[0], 2),
+            "points_lost_old_retrain": round(-change(found, RETRAIN, "old")[0], 2),
+        }
+    )
+
+
+if __name__ == "__main__":
+    start(main)

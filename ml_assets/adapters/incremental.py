@@ -1,0 +1,120 @@
+"""Incremental updates: from the champion's weights, on rows that it has not seen, with some of the old ones
+again so that those are not forgotten (rehearsal: Robins 1995, Connection Science 7; with a sample of all that
+came before: Rolnick et al. 2019, arXiv 1811.11682)."""
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ml_assets.adapters.recipe import resolve_targets
+from ml_assets.adapters.train import AdapterInputs
+from ml_assets.artifacts import ArtifactRef, ArtifactStore, read_json, sha256_bytes
+from ml_assets.datasets.snapshot import load_rows
+from ml_assets.spec import AdapterRecipe, PromptSpec
+
+Row = Mapping[str, Any]
+
+
+class NoUpdate(ValueError):
+    """The champion can't be updated on this dataset; the message says why, and what would do instead."""
+
+
+@dataclass(frozen=True)
+class Update:
+    """An incremental update. `generation` counts the updates since the last training from scratch."""
+
+    parent: ArtifactRef
+    parent_directory: Path
+    generation: int
+    replay: float
+    new: list[Row]
+    replayed: list[Row]
+
+    @property
+    def rows(self) -> list[Row]:
+        """What is trained on, sorted by `_row`."""
+        return sorted([*self.new, *self.replayed], key=lambda row: row["_row"])
+
+    def identity(self) -> dict[str, Any]:
+        """What goes into the input key beside the dataset."""
+        return {"parent": self.parent.digest, "replay": self.replay}
+
+
+def plan_update(
+    inputs: AdapterInputs,
+    store: ArtifactStore,
+    parent: ArtifactRef,
+    *,
+    replay: float,
+    rate: float = 1.0,
+) -> AdapterInputs:
+    """Inputs of an update of `parent` to the dataset of `inputs`: its training rows that the parent was not
+    trained on, and a share `replay` of those that it was, the same from every segment. `rate` scales the
+    recipe's learning rate.
+
+    Raises NoUpdate: the parent sits on another base or was trained with another prompt or LoRA shape, or the
+    dataset holds no row that is new to it. ArtifactError: an artifact is damaged.
+    """
+    directory = store.open(parent)
+    manifest = read_json(directory / "manifest.json")
+    spec, recipe = inputs.spec, AdapterRecipe(**manifest["recipe"])
+    _check_fits(inputs, manifest, recipe)
+    before = store.open(ArtifactRef("dataset", manifest["dataset"]))
+    seen = {row["_row"] for row in load_rows(before, "train")}
+    rows = load_rows(inputs.dataset_directory, "train")
+    new = [row for row in rows if row["_row"] not in seen]
+    if not new:
+        raise NoUpdate(
+            f"{spec.name}: dataset {inputs.dataset_digest[:12]} has no training row that adapter "
+            f"{parent.digest[:12]} was not trained on: nothing to update"
+        )
+    old = [row for row in rows if row["_row"] in seen]
+    replayed = sample_by_segment(old, spec.evaluation.segments, replay, seed=parent.digest)
+    generation = (manifest.get("update") or {}).get("generation", 0) + 1
+    slower = AdapterRecipe(
+        **spec.adapter.model_dump()
+        | {"kind": recipe.kind, "learning_rate": spec.adapter.learning_rate * rate}
+    )
+    return replace(
+        inputs,
+        spec=spec.model_copy(update={"adapter": slower}),
+        update=Update(parent, directory, generation, replay, new, replayed),
+    )
+
+
+def _check_fits(inputs: AdapterInputs, parent: Mapping[str, Any], recipe: AdapterRecipe) -> None:
+    """A champion's weights are a start only for what it was trained to do, in the shape it has."""
+    spec = inputs.spec
+    shape = ("rank", "alpha", "dropout")
+    differing = [name for name in shape if getattr(recipe, name) != getattr(spec.adapter, name)]
+    if spec.adapter.kind not in ("auto", recipe.kind):
+        differing.append("kind")
+    if sorted(parent["targets"]) != resolve_targets(spec.adapter, inputs.base_manifest):
+        differing.append("targets")
+    reason = None
+    if parent["base_identity"] != inputs.base_manifest["identity"]:
+        reason = f"it sits on base {parent['base_revision']}"
+    elif PromptSpec(**parent["prompt"]) != spec.prompt:
+        reason = "its prompt is another one"
+    elif differing:
+        reason = f"its recipe differs in {', '.join(differing)}"
+    if reason:
+        raise NoUpdate(f"{spec.name}: the champion can't be updated, because {reason}: train from scratch")
+
+
+def sample_by_segment(rows: Sequence[Row], segments: Sequence[str], share: float, seed: str) -> list[Row]:
+    """A share of the rows, stratified by the values of the segment columns together: every group gives its
+    share, rounded so that the whole is right, and the same rows for the same seed."""
+    groups: dict[tuple[str, ...], list[Row]] = defaultdict(list)
+    for row in rows:
+        groups[tuple(str(row.get(column, "")) for column in segments)].append(row)
+    chosen: list[Row] = []
+    owed = 0.0
+    for _, members in sorted(groups.items()):
+        owed += share * len(members)
+        count = min(len(members), round(owed))
+        owed -= count
+        chosen += sorted(members, key=lambda row: sha256_bytes(f"{seed}{row['_row']}".encode()))[:count]
+    return chosen

@@ -1,0 +1,107 @@
+"""An incremental update goes on from the champion: on new rows and a sample of the old, pinned and exact."""
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from small_training import small_base, small_dataset, small_spec
+
+from ml_assets.adapters.incremental import NoUpdate, plan_update, sample_by_segment
+from ml_assets.adapters.reproduce import compare, reproduce_inputs
+from ml_assets.adapters.train import AdapterInputs, TrainedAdapter, open_inputs, train_adapter
+from ml_assets.artifacts import ArtifactRef, ArtifactStore, read_json
+from ml_assets.datasets.snapshot import load_rows
+
+
+@pytest.fixture
+def store(evergreen_home: Path) -> ArtifactStore:
+    return ArtifactStore(str(evergreen_home / "artifacts"))
+
+
+@pytest.fixture
+def base_model(store: ArtifactStore) -> ArtifactRef:
+    return small_base(store)
+
+
+@pytest.fixture
+def champion(evergreen_home: Path, store: ArtifactStore, base_model: ArtifactRef) -> TrainedAdapter:
+    return train_adapter(inputs_on(store, base_model, 40), store, evergreen_home)
+
+
+def inputs_on(store: ArtifactStore, base_model: ArtifactRef, rows: int, **adapter: object) -> AdapterInputs:
+    return open_inputs(small_spec(**adapter), store, base_model, small_dataset(store, rows))
+
+
+def test_it_trains_on_new_rows_and_a_share_of_the_old(
+    store: ArtifactStore, base_model: ArtifactRef, champion: TrainedAdapter
+) -> None:
+    grown = inputs_on(store, base_model, 60)
+    planned = plan_update(grown, store, champion.ref, replay=0.25, rate=0.5)
+    update = planned.update
+    assert update is not None
+    known = {row["_row"] for row in load_rows(store.open(small_dataset(store, 40)), "train")}
+    assert {row["_row"] for row in update.new}.isdisjoint(known) and len(update.new) == 16
+    assert {row["_row"] for row in update.replayed} <= known
+    assert len(update.replayed) == round(0.25 * len(known))
+    assert planned.spec.adapter.learning_rate == grown.spec.adapter.learning_rate / 2
+    assert planned.key != grown.key
+    assert planned.key != plan_update(grown, store, champion.ref, replay=0.0, rate=0.5).key
+
+
+def test_it_starts_where_the_champion_is_and_can_be_reproduced(
+    evergreen_home: Path, store: ArtifactStore, base_model: ArtifactRef, champion: TrainedAdapter
+) -> None:
+    grown = inputs_on(store, base_model, 60)
+    planned = plan_update(grown, store, champion.ref, replay=0.25)
+    updated = train_adapter(planned, store, evergreen_home)
+    scratch = train_adapter(grown, store, evergreen_home)
+    assert updated.record["losses"][0] < scratch.record["losses"][0] - 0.3
+
+    manifest = read_json(store.open(updated.ref) / "manifest.json")
+    assert manifest["parent"] == champion.ref.digest and manifest["rung"] == "incremental_update"
+    assert manifest["update"] == {"generation": 1, "replay": 0.25, "new_rows": 16, "replayed_rows": 8}
+
+    inputs, _ = reproduce_inputs(small_spec(), store, updated.ref, base_model)
+    again = train_adapter(inputs, store, evergreen_home, reuse=False)
+    assert all(compare(store.open(updated.ref), store.open(again.ref)).values())
+
+    second = plan_update(inputs_on(store, base_model, 80), store, updated.ref, replay=0.1)
+    assert second.update is not None and second.update.generation == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [({"rank": 2}, "recipe differs in rank"), ({"targets": "attention"}, "recipe differs in targets")],
+)
+def test_another_shape_is_trained_from_scratch(
+    store: ArtifactStore, base_model: ArtifactRef, champion: TrainedAdapter, change: dict, reason: str
+) -> None:
+    with pytest.raises(NoUpdate, match=reason):
+        plan_update(inputs_on(store, base_model, 60, **change), store, champion.ref, replay=0.1)
+
+
+def test_another_base_or_nothing_new_is_refused(
+    store: ArtifactStore, base_model: ArtifactRef, champion: TrainedAdapter
+) -> None:
+    other = small_base(store, seed=1)
+    with pytest.raises(NoUpdate, match="it sits on base tiny@"):
+        plan_update(inputs_on(store, other, 60), store, champion.ref, replay=0.1)
+    with pytest.raises(NoUpdate, match="no training row that adapter"):
+        plan_update(inputs_on(store, base_model, 40), store, champion.ref, replay=0.1)
+
+
+ROWS = st.lists(st.tuples(st.sampled_from("abc"), st.sampled_from("xy")), max_size=60)
+
+
+@given(segments=ROWS, share=st.floats(0, 1), seed=st.text(max_size=4))
+def test_every_segment_gives_its_share(segments: list[tuple[str, str]], share: float, seed: str) -> None:
+    rows = [{"_row": str(i), "intent": a, "language": b} for i, (a, b) in enumerate(segments)]
+    chosen = sample_by_segment(rows, ["intent", "language"], share, seed)
+    assert abs(len(chosen) - share * len(rows)) <= 1
+    assert chosen == sample_by_segment(list(reversed(rows)), ["intent", "language"], share, seed)
+    whole = Counter((row["intent"], row["language"]) for row in rows)
+    part = Counter((row["intent"], row["language"]) for row in chosen)
+    assert len({row["_row"] for row in chosen}) == len(chosen)
+    assert all(abs(part[name] - share * count) <= 1 for name, count in whole.items())
