@@ -70,7 +70,7 @@ def _fleet(specs: Sequence[CustomizationSpec], jobs: Sequence[Any]) -> dg.Defini
         description="The tables over all customizations, every day.",
     )
     return dg.Definitions(
-        assets=dg.with_source_code_references(assets),
+        assets=assets,
         jobs=[build_reproduce_job(specs)],
         schedules=[daily],
         sensors=[

@@ -40,7 +40,7 @@ def build_stale_data_sensor(
     def stale_data(context: dg.SensorEvaluationContext, ledger: LedgerResource) -> dg.SensorResult:
         with ledger.opened() as opened:
             book, at = DecisionBook(opened), now()
-            notes, newest = book.notes(), opened.latest_all()
+            notes, newest = book.notes(), opened.newest_all()
             serving = {name: row for name, row in newest.items() if row.action != "withdraw"}
             at_work = {claim.customization for claim in book.claims()}
             found = _find(by_name, notes, newest, at_work, at)

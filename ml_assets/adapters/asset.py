@@ -113,8 +113,10 @@ def build_adapter_asset(spec: CustomizationSpec) -> dg.AssetsDefinition:
                         f"{progress.tokens_per_second:.0f} tokens/s · ETA {progress.eta_seconds:.0f} s"
                     )
 
-            rows = read_json(inputs.dataset_directory / "manifest.json")["rows"]["train"]
-            cost = run_cost(context.run, spec.name, "training", context.partition_key)
+            kind, rows = "training", read_json(inputs.dataset_directory / "manifest.json")["rows"]["train"]
+            if inputs.update is not None:
+                kind, rows = "incremental", len(inputs.update.rows)
+            cost = run_cost(context.run, spec.name, kind, context.partition_key)
             try:
                 with metered(ledger.decisions, cost, settings.device_second_price) as meter:
                     trained = train_adapter(inputs, store, settings.home, on_progress=tell)

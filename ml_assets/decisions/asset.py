@@ -124,7 +124,7 @@ def gather(
         train_rows=rows,
         new_rows=new_rows,
         now=now(),
-        generation=int(champion.get("generation") or 0),
+        generation=int((champion.get("update") or {}).get("generation", 0)),
         past=tuple(Past.of(history) for history in book.latest(spec.name, PAST)),
         predicted=predict(costs, rows, new_rows, spec.maintenance.replay),
         serving=current.adapter_digest if current else None,

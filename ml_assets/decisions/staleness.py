@@ -47,18 +47,19 @@ def observe_due(spec: CustomizationSpec, notes: Mapping[str, Note], now: str) ->
 
 
 def find_stale(
-    spec: CustomizationSpec, notes: Mapping[str, Note], release: Release | None, now: str
+    spec: CustomizationSpec, notes: Mapping[str, Note], newest: Release | None, now: str
 ) -> list[Stale]:
     """What is behind, the most urgent first: what is accepted and does not serve, what the source has and no
-    adapter was made of, what is too old."""
+    adapter was made of, what is too old. `newest` is the ledger's last row, also a withdrawal."""
+    release = None if newest is None or newest.action == "withdraw" else newest
     found: list[Stale] = []
     source, dataset, candidate = (notes.get(name) for name in ("source", "dataset", "candidate"))
     accepted = notes.get("accepted")
     if accepted and accepted.value["adapter"]:
         adapter = str(accepted.value["adapter"])
         serves = release.adapter_digest if release else None
-        # a release after the verdict was somebody's choice, such as a rollback
-        if adapter != serves and (release is None or release.at < accepted.at):
+        # a move after the verdict was somebody's choice, such as a rollback or a withdrawal
+        if adapter != serves and (newest is None or newest.at < accepted.at):
             found.append(
                 Stale(
                     "release",

@@ -44,7 +44,8 @@ class Home:
         return self.store.publish("dataset", {"manifest.json": json.dumps(manifest).encode()})
 
     def make_adapter(self, generation: int) -> ArtifactRef:
-        manifest = json.dumps({"generation": generation}).encode()
+        update = {"update": {"generation": generation}} if generation else {}
+        manifest = json.dumps(update).encode()
         return self.store.publish("adapter", {"manifest.json": manifest})
 
     def ask(self, count: int) -> None:

@@ -148,6 +148,13 @@ def test_the_cooldown_grows_with_failures() -> None:
     assert at(40, "gave_up", "failed", "failed").action == "watch", "48 hours after three"
 
 
+def test_what_failed_for_good_waits_for_more_labels() -> None:
+    failed = (past("incremental_update", "gave_up", labelled=60, ended_at=ago(days=5)),)
+    assert decide(make_evidence(past=failed), make_policy()).action == "full_retrain"
+    both = (past("full_retrain", "gave_up", labelled=60, ended_at=ago(days=6)), *failed)
+    assert decide(make_evidence(past=both), make_policy()).action == "ask_for_labels"
+
+
 def test_one_action_at_a_time() -> None:
     decision = decide(make_evidence(past=(past("refresh_source", "open"),)), make_policy())
     assert decision.action == "watch" and "refresh_source" in decision.reason

@@ -47,7 +47,8 @@ def test_up_to_date() -> None:
 def test_a_source_with_other_rows_is_followed() -> None:
     (stale,) = find_stale(make_spec(), notes(source="v2"), RELEASE, NOW)
     assert (stale.action, stale.base_revision, stale.evidence) == ("refresh_source", REVISION, "source-v2")
-    assert actions(make_spec(), notes(source="v2"), None) == [], "nothing serves: the first run is a person's"
+    known = {name: note for name, note in notes(source="v2").items() if name != "accepted"}
+    assert actions(make_spec(), known, None) == [], "nothing serves: the first run is a person's"
 
 
 def test_a_dataset_past_its_age_is_built_again() -> None:
@@ -61,6 +62,8 @@ def test_an_accepted_adapter_that_does_not_serve_is_released() -> None:
     assert actions(make_spec(), notes(accepted=accepted), None) == ["release"], "the first release failed"
     rolled_back = make_release(at=ago(hours=1), action="rollback")
     assert actions(make_spec(), notes(accepted=accepted), rolled_back) == [], "somebody chose what serves"
+    withdrawn = make_release(at=ago(hours=1), action="withdraw")
+    assert actions(make_spec(), notes(accepted=accepted), withdrawn) == [], "somebody chose that nothing does"
 
 
 def test_an_adapter_that_is_judged_again_and_not_accepted_is_accepted_no_more(tmp_path: Path) -> None:
