@@ -5,6 +5,9 @@
 The main job of one customization runs in a fresh deployment (`evergreen up`, a run launched through the UI's
 API), and the functions that its assets call run one after another in a plain process, in turns. The base is
 converted beforehand.
+
+And how loading the code location and the sensors' ticks grow with the number of customizations
+(`benchmarks.fleet`); `--only job` and `--only scale` are one half each.
 """
 
 import contextlib
@@ -22,6 +25,7 @@ import psutil
 import yaml
 from dagster import AssetKey, DagsterEventType, DagsterInstance, RunsFilter
 
+from benchmarks import fleet
 from benchmarks.common import (
     ROOT,
     Measured,
@@ -93,13 +97,21 @@ def main() -> None:
     arguments = parser(str(__doc__).split("\n\n")[0])
     arguments.add_argument("--rows", type=int, help=f"of {NAME}; default all of its 800, with --quick 240")
     arguments.add_argument("--evaluated", type=int, help="rows evaluated; default 200, with --quick 48")
+    arguments.add_argument("--only", choices=["job", "scale"], help="one half of it; default both")
     given = arguments.parse_args()
     chosen = options(given)
+    figures: dict[str, float | None] = {}
+    if given.only != "job":
+        found = fleet.measure(chosen.cache / "fleet", 3 if chosen.quick else 5)
+        figures = {name: value and round(value, 3) for name, value in fleet.report(found).items()}
+    if given.only == "scale":
+        print_json(figures)
+        return
     loading = measure_loading(5 if not chosen.quick else 3)
     rows, evaluated = (240, 48) if chosen.quick else (800, 200)
     cached_base(chosen.cache)
     run = Run(chosen, given.rows or rows, given.evaluated or evaluated)
-    report(run.measure(), loading)
+    print_json(report(run.measure(), loading) | figures)
 
 
 def measure_loading(rounds: int) -> dict[str, Measured]:
@@ -288,7 +300,7 @@ def figures(
     return found
 
 
-def report(results: dict[str, Measured], loading: dict[str, Measured]) -> None:
+def report(results: dict[str, Measured], loading: dict[str, Measured]) -> dict[str, float | None]:
     plain, dagster = results[PLAIN], results[DAGSTER]
     rows = [
         [
@@ -326,7 +338,7 @@ def report(results: dict[str, Measured], loading: dict[str, Measured]) -> None:
     computed, wall = plain.median("computed"), dagster.median("wall")
     overhead = round(wall / computed - 1, 4) if wall and computed else None
     load = loading["code location"].median("seconds")
-    print_json({"overhead": overhead, "load_seconds": load and round(load, 3)})
+    return {"overhead": overhead, "load_seconds": load and round(load, 3)}
 
 
 if __name__ == "__main__":

@@ -1,19 +1,23 @@
 """The components: a `defs.yaml` becomes one customization's assets, or the base models to follow."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import dagster as dg
 import yaml
+from dagster._core.definitions.unresolved_asset_job_definition import UnresolvedAssetJobDefinition
+from dagster._utils.schedules import is_valid_cron_string
 from pydantic import BaseModel, GetJsonSchemaHandler, RootModel
 
 from ml_assets.adapters.asset import build_adapter_asset
 from ml_assets.base_models.asset import build_base_model_asset
 from ml_assets.datasets.asset import build_dataset_asset, build_source_asset
 from ml_assets.datasets.sources import source_columns
+from ml_assets.decisions.asset import build_decision_asset
+from ml_assets.decisions.tags import CUSTOMIZATION_TAG
 from ml_assets.drift_reports.asset import build_drift_report_asset
 from ml_assets.endpoints.asset import build_endpoint_asset
 from ml_assets.eval_reports.asset import build_eval_report_asset
@@ -31,6 +35,7 @@ from ml_assets.mistakes import (
 from ml_assets.spec import BaseModelsSpec, CustomizationSpec, PythonMetric, PythonSource
 from ml_assets.traffic.asset import build_traffic_asset
 from sensors.base_updates import build_base_updates_sensor
+from sensors.schedules import build_schedules
 
 M = TypeVar("M", bound=BaseModel)
 
@@ -221,8 +226,10 @@ class BaseModels(dg.Component):
 @dg.scaffold_with(CustomizationScaffolder)
 @dataclass(frozen=True)
 class Customization(dg.Component):
-    """One adaptation of language models to one job: its source, dataset, adapters, eval reports and
-    endpoint, and the job `<name>__main` that brings them up to date for one base revision."""
+    """One adaptation of language models to one job: its source, dataset, adapters, eval reports, endpoint,
+    traffic, drift reports and decisions, and its jobs: `<name>__main` brings them up to date for one base
+    revision, `<name>__update` does so with an adapter trained as a decision says, `<name>__look` looks at the
+    traffic, `<name>__observe` at the source."""
 
     spec: CustomizationSpec
     origin: Origin
@@ -246,23 +253,48 @@ class Customization(dg.Component):
             build_eval_report_asset(spec, root),
             build_endpoint_asset(spec),
         ]
-        main = dg.define_asset_job(
-            f"{spec.name}__main",
-            selection=dg.AssetSelection.assets(*produced),
-            description=f"Brings {spec.name} up to date for one base revision: dataset, adapter, "
-            "evaluation, and the endpoint if the evaluation says so. What did not change costs nothing.",
-            owners=spec.owners,
+        source, watched = (
+            build_source_asset(spec, root),
+            [build_traffic_asset(spec), build_drift_report_asset(spec), build_decision_asset(spec)],
         )
-        return dg.Definitions(
-            assets=dg.with_source_code_references(
-                [
-                    build_source_asset(spec, root),
-                    *produced,
-                    build_traffic_asset(spec),
-                    build_drift_report_asset(spec),
-                ]
+        jobs = {
+            "main": self._job(
+                "main",
+                produced,
+                f"Brings {spec.name} up to date for one base revision: dataset, adapter, evaluation, and the "
+                "endpoint if the evaluation says so. What did not change costs nothing.",
             ),
-            jobs=[main],
+            "update": self._job(
+                "update",
+                produced,
+                f"What a decision starts for {spec.name}: dataset with feedback, adapter (updated from the "
+                "champion, or trained from scratch), evaluation, endpoint.",
+            ),
+            "look": self._job(
+                "look",
+                watched,
+                f"Looks at the traffic of {spec.name}: drift report, and what to do about it.",
+            ),
+            "observe": self._job(
+                "observe", [source], f"Looks whether the source of {spec.name} has other rows."
+            ),
+        }
+        return dg.Definitions(
+            assets=dg.with_source_code_references([source, *produced, *watched]),
+            jobs=list(jobs.values()),
+            schedules=build_schedules(spec, jobs),
+        )
+
+    def _job(
+        self, kind: str, assets: Sequence[dg.AssetsDefinition], description: str
+    ) -> UnresolvedAssetJobDefinition:
+        return dg.define_asset_job(
+            f"{self.spec.name}__{kind}",
+            selection=dg.AssetSelection.assets(*assets),
+            description=description,
+            owners=self.spec.owners,
+            # by this tag a sensor finds the runs of a customization in one query
+            tags={CUSTOMIZATION_TAG: self.spec.name},
         )
 
     def _project_mistakes(self, context: dg.ComponentLoadContext) -> list[Mistake]:
@@ -302,6 +334,11 @@ class Customization(dg.Component):
                 mistakes += callable_mistakes(metric.callable, steps, positional=3)
         if (available := source_columns(spec.source, root)) is not None:
             mistakes += columns_mistakes(_named_columns(spec), available)
+        mistakes += [
+            Mistake(("schedules", index, "cron"), f"expected a cron expression, found {block.cron!r}")
+            for index, block in enumerate(spec.schedules)
+            if not is_valid_cron_string(block.cron)
+        ]
         if spec.evaluation.must_pass:
             mistakes += must_pass_mistakes(
                 root / spec.evaluation.must_pass,

@@ -1,19 +1,28 @@
 """The code location: everything below a defs folder, with this deployment's resources."""
 
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import dagster as dg
 
 from ml_assets.adapters.reproduce import build_reproduce_job
 from ml_assets.customization import Customization
+from ml_assets.fleet.asset import build_fleet_assets
 from ml_assets.mistakes import SpecError, check_files
+from ml_assets.spec import CustomizationSpec
 from resources.artifact_store import ArtifactRefIOManager, ArtifactStoreResource
 from resources.base_model_hub import BaseModelHub
 from resources.gateway import GatewayResource
 from resources.ledger import LedgerResource
 from resources.mlflow_tracking import MlflowTracking
 from resources.traffic_log import TrafficLogResource
+from sensors.drift import build_drift_sensor
+from sensors.endpoint_health import build_endpoint_health_sensor
+from sensors.feedback_quality import build_feedback_quality_sensor
+from sensors.freshness import build_stale_data_sensor
+from sensors.run_failures import build_run_failures_sensor
 
 # Used on purpose, in every asset check of a base revision and every job: the notes would bury real warnings.
 warnings.filterwarnings("ignore", r"Parameter `partitions_def` of .*AssetCheckSpec", dg.PreviewWarning)
@@ -38,11 +47,40 @@ def build_definitions(project: Path) -> dg.Definitions:
             "traffic_log": TrafficLogResource(),
             "base_model_hub": BaseModelHub(),
         },
-        jobs=[build_reproduce_job(specs)] if specs else [],
         # one process for each run: heavy imports and the base model are loaded once, not for every step
         executor=dg.in_process_executor,
     )
-    return dg.Definitions.merge(folder, deployment)
+    return dg.Definitions.merge(folder, deployment, *([_fleet(specs, folder.jobs or [])] if specs else []))
+
+
+def _fleet(specs: Sequence[CustomizationSpec], jobs: Sequence[Any]) -> dg.Definitions:
+    """What is about all customizations. What a tick of these sensors asks the databases does not grow with
+    their number."""
+
+    def named(*kinds: str) -> list[Any]:
+        return [job for job in jobs if job.name.rpartition("__")[2] in kinds]
+
+    assets = build_fleet_assets(specs)
+    daily = dg.ScheduleDefinition(
+        "fleet_overview",
+        target=dg.AssetSelection.assets(*assets),
+        cron_schedule="0 6 * * *",
+        execution_timezone="UTC",
+        default_status=dg.DefaultScheduleStatus.RUNNING,
+        description="The tables over all customizations, every day.",
+    )
+    return dg.Definitions(
+        assets=assets,
+        jobs=[build_reproduce_job(specs)],
+        schedules=[daily],
+        sensors=[
+            build_stale_data_sensor(specs, named("main", "observe")),
+            build_drift_sensor(specs, named("look", "update")),
+            build_feedback_quality_sensor(specs),
+            build_endpoint_health_sensor(specs, named("main")),
+            build_run_failures_sensor(),
+        ],
+    )
 
 
 def _load(project: Path) -> dg.Definitions:

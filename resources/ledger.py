@@ -6,6 +6,7 @@ from collections.abc import Iterator
 import dagster as dg
 from pydantic import Field
 
+from ml_assets.decisions.book import DecisionBook
 from ml_assets.endpoints.ledger import Ledger
 from ml_assets.settings import Settings
 
@@ -26,3 +27,9 @@ class LedgerResource(dg.ConfigurableResource):
     def opened(self) -> Iterator[Ledger]:
         with contextlib.closing(self.ledger()) as ledger:
             yield ledger
+
+    @contextlib.contextmanager
+    def decisions(self) -> Iterator[DecisionBook]:
+        """The decisions, costs and alerts in the same database."""
+        with self.opened() as ledger:
+            yield DecisionBook(ledger)

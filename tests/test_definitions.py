@@ -11,6 +11,11 @@ import pytest
 from customizations import COLOURS_YAML, Project, base_models_yaml, colour_rows
 
 REPOSITORY = Path(__file__).parent.parent
+SCHEDULES = """\
+  schedules:
+    - {cron: "*/30 * * * *", run: look}
+    - {cron: "0 3 * * 1", run: retrain}
+"""
 HEAVY = ("torch", "transformers", "peft", "mlflow", "datasets", "matplotlib", "scipy", "sklearn", "pandas")
 
 
@@ -19,7 +24,8 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
     project = Project.create(tmp_path_factory.mktemp("shop"))
     project.write("bases", base_models_yaml({"tiny": project.root / "tiny"}))
     project.write("colours", COLOURS_YAML, colour_rows(30))
-    project.write("places", COLOURS_YAML.replace("name: colours", "name: places"), colour_rows(30))
+    scheduled = COLOURS_YAML.replace("name: colours", "name: places") + SCHEDULES
+    project.write("places", scheduled, colour_rows(30))
     return project
 
 
@@ -46,6 +52,8 @@ def test_assets_of_a_customization(repository: dg.RepositoryDefinition) -> None:
         assert node.kinds and node.description, key
     assert seen == {
         "base_model": _asset("base_models", [], "base_models", owners=[], pool=True),
+        "fleet/overview": _asset("fleet", [], None, owners=[]),
+        "fleet/cost_ledger": _asset("fleet", [], None, owners=[]),
         **{
             f"{name}/{kind}": _asset(name, parents, partitions, pool=kind in POOLED)
             for name in ("colours", "places")
@@ -57,6 +65,7 @@ def test_assets_of_a_customization(repository: dg.RepositoryDefinition) -> None:
                 ("endpoint", [f"{name}/eval_report"], None),
                 ("traffic", [f"{name}/endpoint"], None),
                 ("drift_report", [f"{name}/endpoint", f"{name}/traffic"], None),
+                ("decision", [f"{name}/dataset", f"{name}/drift_report"], None),
             )
         },
     }
@@ -107,6 +116,30 @@ def test_one_job_brings_a_customization_up_to_date_for_a_base_revision(
     assert job.partitions_def is not None and job.partitions_def.name == "base_models"  # type: ignore[union-attr]
     assert repository.has_job("reproduce")
     assert repository.has_sensor_def("base_updates")
+
+
+def test_the_jobs_that_maintain_a_customization(repository: dg.RepositoryDefinition) -> None:
+    def selected(kind: str) -> set[str]:
+        job = repository.get_job(f"colours__{kind}")
+        assert job.tags["evergreen/customization"] == "colours"
+        return {key.path[-1] for key in job.asset_layer.selected_asset_keys}
+
+    assert selected("update") == selected("main")
+    assert selected("look") == {"traffic", "drift_report", "decision"}
+    assert selected("observe") == {"source"}
+
+
+def test_sensors_and_schedules_are_on_and_say_what_they_do(repository: dg.RepositoryDefinition) -> None:
+    names = {"base_updates", "stale_data", "drift", "feedback_quality", "endpoint_health", "run_failures"}
+    assert {sensor.name for sensor in repository.sensor_defs} == names
+    for sensor in repository.sensor_defs:
+        assert sensor.default_status == dg.DefaultSensorStatus.RUNNING and sensor.description
+    schedules = {schedule.name: schedule for schedule in repository.schedule_defs}
+    assert set(schedules) == {"fleet_overview", "places__look__0", "places__retrain__1"}
+    for schedule in schedules.values():
+        assert schedule.default_status == dg.DefaultScheduleStatus.RUNNING
+        assert schedule.execution_timezone == "UTC"
+    assert schedules["places__retrain__1"].job_name == "places__update"
 
 
 def test_assets_link_to_their_yaml_and_code(repository: dg.RepositoryDefinition, project: Project) -> None:

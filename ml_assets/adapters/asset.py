@@ -14,9 +14,12 @@ from ml_assets.adapters.pictures import loss_curve
 from ml_assets.adapters.train import UNTRAINABLE, AdapterInputs, TrainedAdapter, open_inputs, train_adapter
 from ml_assets.artifacts import ArtifactRef, read_json
 from ml_assets.base_models.partitions import BASE_MODELS
+from ml_assets.decisions.meter import metered
+from ml_assets.decisions.tags import run_cost
 from ml_assets.settings import Settings
 from ml_assets.spec import CustomizationSpec
 from resources.artifact_store import ARTIFACT_REF, ArtifactStoreResource
+from resources.ledger import LedgerResource
 from resources.mlflow_tracking import MlflowTracking, TrackedRun, git_commit
 
 PROGRESS_SECONDS = 10.0
@@ -67,6 +70,7 @@ def build_adapter_asset(spec: CustomizationSpec) -> dg.AssetsDefinition:
         config: TrainingConfig,
         artifact_store: ArtifactStoreResource,
         mlflow_tracking: MlflowTracking,
+        ledger: LedgerResource,
         dataset: ArtifactRef,
         base_model: ArtifactRef,
     ) -> dg.MaterializeResult:
@@ -109,8 +113,14 @@ def build_adapter_asset(spec: CustomizationSpec) -> dg.AssetsDefinition:
                         f"{progress.tokens_per_second:.0f} tokens/s · ETA {progress.eta_seconds:.0f} s"
                     )
 
+            kind, rows = "training", read_json(inputs.dataset_directory / "manifest.json")["rows"]["train"]
+            if inputs.update is not None:
+                kind, rows = "incremental", len(inputs.update.rows)
+            cost = run_cost(context.run, spec.name, kind, context.partition_key)
             try:
-                trained = train_adapter(inputs, store, settings.home, on_progress=tell)
+                with metered(ledger.decisions, cost, settings.device_second_price) as meter:
+                    trained = train_adapter(inputs, store, settings.home, on_progress=tell)
+                    meter.read(0 if trained.reused else trained.record["seconds"], rows)
             except UNTRAINABLE as error:
                 raise dg.Failure(str(error), allow_retries=False) from error
             if trained.reused:

@@ -4,6 +4,7 @@ import argparse
 import datetime
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from ml_assets.cli import supervisor
 from ml_assets.cli.supervisor import OperationError, print_urls
@@ -50,6 +51,12 @@ def _parser() -> argparse.ArgumentParser:
     command("down", _down, "end them; runs in progress are requeued at the next `up`")
     command("status", _status, "say what runs and answers; exit code 1 if anything does not")
     command("demo", _demo, "run the main job on the customizations of this project, and serve the result")
+    labels = command("labels", None, "labels that decisions asked for")
+    ways = labels.add_subparsers(title="actions", required=True, metavar="ACTION")
+    text = "store the right answers that were filled in, as feedback of the keys that asked"
+    bring = ways.add_parser("import", help=text, description=text)
+    bring.add_argument("file", type=Path, help="<home>/labels/<customization>/<decision>.jsonl")
+    bring.set_defaults(run=_labels_import)
     keys = command("keys", None, "API keys of the gateway")
     actions = keys.add_subparsers(title="actions", required=True, metavar="ACTION")
 
@@ -113,6 +120,28 @@ def _demo(settings: Settings, _options: argparse.Namespace) -> int:
     from ml_assets.cli.demo import demo
 
     demo(settings)
+    return 0
+
+
+def _labels_import(settings: Settings, options: argparse.Namespace) -> int:
+    from contextlib import closing
+
+    from ml_assets.decisions.labels import LabelError, read_labels
+    from ml_assets.traffic.store import TrafficLog, UnknownRequest
+
+    stored, gone = 0, 0
+    try:
+        labels = list(read_labels(options.file))
+    except LabelError as error:
+        raise OperationError(str(error)) from error
+    with closing(TrafficLog(settings.traffic_url)) as log:
+        for request, key, answer in labels:
+            try:
+                log.give_feedback(request, key, None, answer)
+                stored += 1
+            except UnknownRequest:
+                gone += 1
+    print(f"{stored} right answers stored." + (f" {gone} requests are not kept any more." if gone else ""))
     return 0
 
 

@@ -142,6 +142,19 @@ def _one_at_a_time(settings: Settings) -> Iterator[None]:
         yield
 
 
+def restart_path(settings: Settings, program: str) -> Path:
+    return settings.home / "restart" / program
+
+
+def ask_for_restart(settings: Settings, program: str) -> bool:
+    """Have the supervisor end a program and start it again, within REQUEUE_SECONDS; asking again before that
+    changes nothing. False when no supervisor runs for this data directory."""
+    if not is_running(settings):
+        return False
+    write_atomic(restart_path(settings, program), b"")
+    return True
+
+
 # -- programs ------------------------------------------------------------------------------------------
 
 
@@ -240,6 +253,12 @@ class Supervisor:
         code = process.wait()
         _signal_group(process.pid, signal.SIGKILL)  # what it started itself goes with it
         return code
+
+    def end(self, name: str) -> bool:
+        """End a program, which `keep` starts again; False when it does not run."""
+        with self.lock:
+            process = self.processes.get(name)
+        return process is not None and process.poll() is None and _signal_group(process.pid, signal.SIGKILL)
 
     def write_state(self) -> None:
         from ml_assets.cli.launcher import identity
@@ -571,7 +590,12 @@ def _supervise(settings: Settings) -> None:
                 _wait_for_code_server(supervisor, socket_path)
                 keep("dagster-daemon", "dagster-webserver")
                 known: set[str] = set()
+                restart_path(settings, "gateway").unlink(missing_ok=True)  # asked of an earlier supervisor
                 while not done.wait(REQUEUE_SECONDS):
+                    if restart_path(settings, "gateway").exists():
+                        restart_path(settings, "gateway").unlink()
+                        logger.error("the gateway does not answer well: it is ended and started again")
+                        supervisor.end("gateway")
                     for run_id in requeue_lost(instance, settings.dagster_url, known):
                         logger.warning("run %s is requeued; the daemon could not do it", run_id)
         finally:

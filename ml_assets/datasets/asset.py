@@ -19,6 +19,7 @@ from ml_assets.settings import Settings
 from ml_assets.spec import CustomizationSpec
 from ml_assets.traffic.store import NewerSchema
 from resources.artifact_store import ARTIFACT_REF, ArtifactStoreResource
+from resources.ledger import LedgerResource
 from resources.traffic_log import TrafficLogResource
 
 SAMPLE = 8
@@ -75,11 +76,13 @@ def build_source_asset(spec: CustomizationSpec, root: Path) -> dg.AssetsDefiniti
         )
 
     @observable
-    def source(context: dg.AssetExecutionContext) -> dg.ObserveResult:
+    def source(context: dg.AssetExecutionContext, ledger: LedgerResource) -> dg.ObserveResult:
         try:
             rows = read_source(spec.source, root, Settings.from_env())
         except SourceError as error:
             raise dg.Failure(str(error), allow_retries=isinstance(error.__cause__, OSError)) from error
+        with ledger.decisions() as book:
+            book.note(spec.name, "source", {"version": rows.version()})
         return dg.ObserveResult(
             asset_key=key,
             data_version=dg.DataVersion(rows.version()),
@@ -121,6 +124,7 @@ def build_dataset_asset(spec: CustomizationSpec, root: Path) -> dg.AssetsDefinit
         context: dg.AssetExecutionContext,
         artifact_store: ArtifactStoreResource,
         traffic_log: TrafficLogResource,
+        ledger: LedgerResource,
     ) -> Iterator[dg.MaterializeResult | dg.AssetCheckResult]:
         def accept(record: Mapping[str, Any]) -> None:
             results = dataset_checks(key, spec, record)
@@ -153,6 +157,11 @@ def build_dataset_asset(spec: CustomizationSpec, root: Path) -> dg.AssetsDefinit
             dg.AssetObservation(asset_key=source_key, tags={DATA_VERSION_TAG: built.source_version})
         )
         context.get_step_execution_context().wipe_input_asset_version_info(source_key)
+        with ledger.decisions() as book:
+            train_rows = built.record["rows"]["train"]
+            known = {"digest": built.ref.digest, "source_version": built.source_version}
+            book.note(spec.name, "dataset", known | {"train_rows": train_rows})
+            book.note(spec.name, "source", {"version": built.source_version})
         directory = store.open(built.ref)
         yield dg.MaterializeResult(
             value=built.ref,

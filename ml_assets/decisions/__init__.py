@@ -1,0 +1,1 @@
+"""What is done about a customization that decays: decided on evidence, within a budget, on the record."""

@@ -4,7 +4,6 @@ trained."""
 from collections.abc import Iterator
 
 import dagster as dg
-from resources.traffic_log import TrafficLogResource
 
 from ml_assets.artifacts import ArtifactError
 from ml_assets.drift_reports.build import BuiltLook, champion_of, look
@@ -15,6 +14,7 @@ from ml_assets.settings import Settings
 from ml_assets.spec import CustomizationSpec
 from resources.artifact_store import ARTIFACT_REF, ArtifactStoreResource
 from resources.ledger import LedgerResource
+from resources.traffic_log import TrafficLogResource
 
 
 def build_drift_report_asset(spec: CustomizationSpec) -> dg.AssetsDefinition:

@@ -203,6 +203,27 @@ class Ledger:
             yield ReleaseTransaction(connection, customization, run_id)
 
 
+def ensure_tables(engine: sa.Engine, metadata: sa.MetaData) -> None:
+    """Create the tables of another part of the project in the ledger's database; all at once, by whichever
+    process comes first."""
+
+    def missing() -> bool:
+        return not set(metadata.tables) <= set(sa.inspect(engine).get_table_names())
+
+    def create() -> None:
+        if missing():
+            with engine.begin() as connection:
+                metadata.create_all(connection)
+
+    if not missing():
+        return
+    if engine.dialect.name == "sqlite":
+        with FileLock(f"{engine.url.database}.lock"):
+            create()
+    else:
+        _retry_once(create)
+
+
 def now() -> str:
     """UTC in ISO 8601 with microseconds, so that text order is time order."""
     return datetime.now(UTC).isoformat(timespec="microseconds")

@@ -10,6 +10,9 @@ import dagster as dg
 
 from ml_assets.artifacts import ArtifactError, ArtifactRef, ArtifactStore
 from ml_assets.base_models.partitions import BASE_MODELS
+from ml_assets.decisions.meter import metered
+from ml_assets.decisions.staleness import note_candidate
+from ml_assets.decisions.tags import DECISION_TAG, run_cost
 from ml_assets.eval_reports.build import REPORT_VERSION, BuiltReport, Champion, build_report
 from ml_assets.eval_reports.checks import check_results, check_specs
 from ml_assets.eval_reports.metrics import MetricError
@@ -18,6 +21,7 @@ from ml_assets.eval_reports.runner import EvaluationError
 from ml_assets.settings import Settings
 from ml_assets.spec import CustomizationSpec
 from resources.artifact_store import ARTIFACT_REF, ArtifactRefIOManager, ArtifactStoreResource
+from resources.ledger import LedgerResource
 from resources.mlflow_tracking import MlflowTracking, TrackedRun, VersionInfo
 
 CHAMPION, CHALLENGER = "champion", "challenger"
@@ -56,6 +60,7 @@ def build_eval_report_asset(spec: CustomizationSpec, root: Path) -> dg.AssetsDef
         artifact_store: ArtifactStoreResource,
         mlflow_tracking: MlflowTracking,
         io_manager: dg.ResourceParam[ArtifactRefIOManager],
+        ledger: LedgerResource,
         adapter: ArtifactRef,
         dataset: ArtifactRef,
         base_model: ArtifactRef,
@@ -73,18 +78,23 @@ def build_eval_report_asset(spec: CustomizationSpec, root: Path) -> dg.AssetsDef
                 said = time.monotonic()
                 context.log.info(f"{arm}: {done} of {total} answers")
 
+        cost = run_cost(context.run, spec.name, "evaluation", context.partition_key)
         try:
-            built = build_report(
-                spec,
-                root,
-                store,
-                settings.home,
-                adapter=adapter,
-                dataset=dataset,
-                base_model=base_model,
-                champion=champion,
-                on_progress=tell,
-            )
+            with metered(ledger.decisions, cost, settings.device_second_price) as meter:
+                built = build_report(
+                    spec,
+                    root,
+                    store,
+                    settings.home,
+                    adapter=adapter,
+                    dataset=dataset,
+                    base_model=base_model,
+                    champion=champion,
+                    on_progress=tell,
+                )
+                meter.rows = built.summary["rows"]
+                if built.reused:
+                    meter.device_seconds = 0
         except (EvaluationError, MetricError, IncompatibleAdapter) as error:
             raise dg.Failure(str(error), allow_retries=False) from error
         if built.reused:
@@ -98,6 +108,18 @@ def build_eval_report_asset(spec: CustomizationSpec, root: Path) -> dg.AssetsDef
             partition=context.partition_key,
         ) as tracked:
             version = record(mlflow_tracking, tracked, spec.name, adapter, manifest, built)
+        snapshot = read_json(store.open(dataset) / "manifest.json")
+        with ledger.decisions() as book:
+            facts = {
+                "adapter": adapter.digest,
+                "base_revision": context.partition_key,
+                "dataset": dataset.digest,
+                "source_version": snapshot["source_version"],
+                "verdict": built.decision["verdict"],
+            }
+            note_candidate(book, spec.name, facts)
+            if decision := context.run.tags.get(DECISION_TAG):
+                book.step(decision, "judged", built.decision["verdict"], context.run.run_id)
         yield dg.MaterializeResult(
             value=built.ref,
             data_version=dg.DataVersion(built.ref.digest),

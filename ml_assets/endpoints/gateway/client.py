@@ -102,9 +102,9 @@ class GatewayClient:
         """Forget what was staged."""
         self._request("POST", "/admin/discard", {"customization": customization})
 
-    def probe(self, customization: str) -> Probed:
+    def probe(self, customization: str, seconds: float = LOAD_SECONDS) -> Probed:
         """Measure the fingerprint of what serves now."""
-        response = self._request("POST", "/admin/probe", {"customization": customization}, LOAD_SECONDS)
+        response = self._request("POST", "/admin/probe", {"customization": customization}, seconds)
         return _probed(response.json())
 
     def answer(self, customization: str, messages: Sequence[Mapping[str, str]], max_tokens: int) -> Answered:

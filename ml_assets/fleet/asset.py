@@ -1,0 +1,126 @@
+"""`fleet/overview` and `fleet/cost_ledger`: all customizations in one table each."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import dagster as dg
+
+from ml_assets.decisions.book import DecisionBook, History
+from ml_assets.decisions.diagnosis import Policy
+from ml_assets.decisions.records import NOTHING, Note, Spent
+from ml_assets.endpoints.ledger import Release, now
+from ml_assets.settings import Settings
+from ml_assets.spec import CustomizationSpec
+from resources.ledger import LedgerResource
+
+
+def build_fleet_assets(specs: Sequence[CustomizationSpec]) -> list[dg.AssetsDefinition]:
+    """Both assets. They read ledger and book: a few queries, however many customizations there are."""
+
+    @dg.asset(
+        key=dg.AssetKey(["fleet", "overview"]),
+        group_name="fleet",
+        kinds={"report"},
+        description="What serves, since when, what the last look found, what was decided, what was spent: "
+        "one row for each customization.",
+    )
+    def overview(ledger: LedgerResource) -> dg.MaterializeResult:
+        settings, month = Settings.from_env(), now()[:7]
+        with ledger.opened() as opened:
+            book = DecisionBook(opened)
+            serving, notes, latest = opened.current_all(), book.notes(), book.latest_all()
+            costs, under_way = book.costs_of_month(month), book.claims()
+        rows = [
+            overview_row(
+                spec,
+                Policy.of(spec, settings),
+                serving.get(spec.name),
+                notes.get(spec.name, {}),
+                latest.get(spec.name),
+                total(costs.get(spec.name, {})),
+            )
+            for spec in specs
+        ]
+        losing = [row["customization"] for row in rows if row["last look"] in ("loss", "unknown_loss")]
+        return dg.MaterializeResult(
+            metadata={
+                "customizations": table(rows),
+                "serving": sum(row["champion"] != "" for row in rows),
+                "with_confirmed_loss": len(losing),
+                "actions_under_way": len(under_way),
+            }
+        )
+
+    @dg.asset(
+        key=dg.AssetKey(["fleet", "cost_ledger"]),
+        group_name="fleet",
+        kinds={"report"},
+        description="What training and evaluation cost this month (UTC), by customization, and the budgets.",
+    )
+    def cost_ledger(ledger: LedgerResource) -> dg.MaterializeResult:
+        settings, month = Settings.from_env(), now()[:7]
+        with ledger.decisions() as book:
+            costs = book.costs_of_month(month)
+            reserved = book.reserved(None, settings.device_second_price)
+        rows: list[dict[str, str | float]] = [
+            {
+                "customization": name,
+                "kind": kind,
+                "device seconds": round(spent.device_seconds, 1),
+                "money": round(spent.money, 4),
+            }
+            for name, kinds in sorted(costs.items())
+            for kind, spent in sorted(kinds.items())
+        ]
+        whole = sum((total(kinds) for kinds in costs.values()), NOTHING)
+        metadata: dict[str, Any] = {
+            "month": month,
+            "device_seconds": round(whole.device_seconds, 1),
+            "money": round(whole.money, 4),
+            "reserved_device_seconds": round(reserved.device_seconds, 1),
+            "costs": table(rows) if rows else "nothing was computed yet",
+        }
+        if settings.fleet_device_seconds is not None:
+            metadata["budget_device_seconds"] = settings.fleet_device_seconds
+        if settings.fleet_money is not None:
+            metadata["budget_money"] = settings.fleet_money
+        return dg.MaterializeResult(metadata=metadata)
+
+    return [overview, cost_ledger]
+
+
+def overview_row(
+    spec: CustomizationSpec,
+    policy: Policy,
+    release: Release | None,
+    notes: Mapping[str, Note],
+    latest: History | None,
+    spent: Spent,
+) -> dict[str, str | float]:
+    """One line of the overview."""
+    look = notes.get("look")
+    limits = [
+        f"{limit:g} {unit}"
+        for limit, unit in ((policy.own.device_seconds, "s"), (policy.own.money, policy.currency))
+        if limit is not None
+    ]
+    return {
+        "customization": spec.name,
+        "champion": release.adapter_digest[:12] if release else "",
+        "base": release.base_revision if release else "",
+        "serves since": release.at[:16].replace("T", " ") if release else "",
+        "looked at": look.at[:16].replace("T", " ") if look else "",
+        "last look": str(look.value["kind"]) if look else "",
+        "last decision": f"{latest.decision.action} ({latest.state})" if latest else "",
+        "device seconds": round(spent.device_seconds, 1),
+        "money": round(spent.money, 4),
+        "budget": ", ".join(limits) or "no limit",
+    }
+
+
+def total(kinds: Mapping[str, Spent]) -> Spent:
+    return sum(kinds.values(), NOTHING)
+
+
+def table(rows: Sequence[Mapping[str, str | float]]) -> dg.TableMetadataValue:
+    return dg.MetadataValue.table([dg.TableRecord(dict(row)) for row in rows])

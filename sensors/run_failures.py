@@ -1,0 +1,113 @@
+"""Tells people what failed and what was blocked: a log line, and a JSON message to a webhook."""
+
+import datetime
+from typing import Any
+
+import dagster as dg
+import httpx
+from dagster._core.storage.tags import WILL_RETRY_TAG
+
+from ml_assets.cli.runs import failure_of
+from ml_assets.decisions.book import DecisionBook
+from ml_assets.decisions.records import Alert
+from ml_assets.decisions.tags import CUSTOMIZATION_TAG
+from ml_assets.settings import Settings
+from resources.ledger import LedgerResource
+from sensors.dispatch import tick_result
+
+RUNS_PER_TICK = 50
+OVERLAP = datetime.timedelta(minutes=2)
+"""Looked at again each time: runs that were being written at the last tick. An alert is raised once."""
+FIRST_LOOK = datetime.timedelta(days=1)
+SECONDS = 5.0
+
+
+def build_run_failures_sensor(seconds: float = SECONDS) -> dg.SensorDefinition:
+    """The sensor over all runs and alerts. Alerts wait in the book until the webhook took them."""
+
+    @dg.sensor(
+        name="run_failures",
+        minimum_interval_seconds=30,
+        default_status=dg.DefaultSensorStatus.RUNNING,
+        description="Sends alerts to `EVERGREEN_ALERT_WEBHOOK` (and writes them to the log of its ticks): "
+        "runs that failed for good, decisions that a budget blocked or that were given up, wanted labels, "
+        "unusual feedback, a gateway that is away. What the webhook did not take is sent again at the next "
+        "tick.",
+    )
+    def run_failures(context: dg.SensorEvaluationContext, ledger: LedgerResource) -> dg.SensorResult:
+        settings = Settings.from_env()
+        now = datetime.datetime.now(datetime.UTC)
+        since = datetime.datetime.fromisoformat(context.cursor) if context.cursor else now - FIRST_LOOK
+        failed = context.instance.get_run_records(
+            dg.RunsFilter(statuses=[dg.DagsterRunStatus.FAILURE], updated_after=since - OVERLAP),
+            limit=RUNS_PER_TICK,
+            order_by="update_timestamp",
+            ascending=True,
+        )
+        with ledger.opened() as opened:
+            book = DecisionBook(opened)
+            final = [r.dagster_run for r in failed if r.dagster_run.tags.get(WILL_RETRY_TAG) != "true"]
+            fresh = book.unknown_alerts([f"run:{run.run_id}" for run in final])
+            new = [run for run in final if f"run:{run.run_id}" in fresh]
+            book.alert(*(_alert(context.instance, run, settings) for run in new))
+            lines = [f"{len(new)} runs failed"] if new else []
+            lines += _deliver(context, book, settings.alert_webhook, seconds)
+        # a full page goes on where it ended
+        last = failed[-1].update_timestamp if len(failed) == RUNS_PER_TICK else now
+        return tick_result(context, [], lines or ["nothing failed"], max(last, since).isoformat())
+
+    return run_failures
+
+
+def message(alert: Alert) -> dict[str, Any]:
+    """The JSON of an alert. `text` is what chat programs show; a receiver that must not act twice remembers
+    `id`."""
+    link = f"\n{alert.url}" if alert.url else ""
+    return {
+        "text": f"[{alert.severity}] {alert.title}\n{alert.text}{link}",
+        "id": alert.id,
+        "title": alert.title,
+        "details": alert.text,
+        "severity": alert.severity,
+        "customization": alert.customization,
+        "url": alert.url,
+        "at": alert.at,
+    }
+
+
+def _deliver(
+    context: dg.SensorEvaluationContext, book: DecisionBook, webhook: str | None, seconds: float
+) -> list[str]:
+    waiting = book.undelivered()
+    sent = 0
+    # a proxy of the environment may be what reaches the webhook, so it is used
+    with httpx.Client(timeout=seconds) as client:
+        for alert in waiting:
+            context.log.warning(f"{alert.title}: {alert.text}")
+            if webhook:
+                try:
+                    client.post(webhook, json=message(alert)).raise_for_status()
+                except httpx.HTTPError as error:
+                    # the address may hold a secret, and so may the error that names it
+                    status = error.response.status_code if isinstance(error, httpx.HTTPStatusError) else ""
+                    reason = f"{type(error).__name__} {status}".strip()
+                    return [f"{sent} alerts sent; the webhook did not take the next one ({reason}), it waits"]
+            book.delivered(alert.id)
+            sent += 1
+    if not sent:
+        return []
+    return [f"{sent} alerts " + ("sent" if webhook else "logged (EVERGREEN_ALERT_WEBHOOK is not set)")]
+
+
+def _alert(instance: dg.DagsterInstance, run: dg.DagsterRun, settings: Settings) -> Alert:
+    kinds = {dg.DagsterEventType.STEP_FAILURE, dg.DagsterEventType.RUN_FAILURE}
+    reasons = [failure_of(entry) for entry in instance.all_logs(run.run_id, of_type=kinds)]
+    reason = next((reason for reason in reasons if reason), "no reason was stored")
+    return Alert(
+        id=f"run:{run.run_id}",
+        title=f"{run.job_name} failed",
+        text=reason[:2000],
+        severity="error",
+        customization=run.tags.get(CUSTOMIZATION_TAG),
+        url=f"{settings.dagster_url}/runs/{run.run_id}",
+    )

@@ -1,0 +1,182 @@
+"""Alerts reach a webhook once, whatever happens to it; unusual feedback is told."""
+
+import json
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+import pytest
+from dagster._core.storage.tags import WILL_RETRY_TAG
+from dagster._core.test_utils import create_run_for_test
+from maintenance_world import make_spec, release
+
+from ml_assets.decisions.book import DecisionBook
+from ml_assets.decisions.records import Alert
+from ml_assets.endpoints.ledger import Ledger
+from ml_assets.settings import Settings
+from ml_assets.traffic.records import TrafficRecord
+from ml_assets.traffic.store import TrafficLog
+from resources.ledger import LedgerResource
+from resources.traffic_log import TrafficLogResource
+from sensors.feedback_quality import build_feedback_quality_sensor
+from sensors.run_failures import build_run_failures_sensor
+
+
+class Webhook:
+    """A receiver of alerts: `got` what it took, `status` what it answers."""
+
+    def __init__(self) -> None:
+        self.got: list[dict[str, Any]] = []
+        self.status = 200
+        outer = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+                if outer.status == 200:
+                    outer.got.append(body)
+                self.send_response(outer.status)
+                self.end_headers()
+
+            def log_message(self, *_: Any) -> None: ...
+
+        self.server = HTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}/secret"
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+
+@pytest.fixture
+def webhook(monkeypatch: pytest.MonkeyPatch) -> Iterator[Webhook]:
+    found = Webhook()
+    monkeypatch.setenv("EVERGREEN_ALERT_WEBHOOK", found.url)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    yield found
+    found.server.shutdown()
+    found.server.server_close()
+
+
+@pytest.fixture
+def instance() -> Iterator[dg.DagsterInstance]:
+    with dg.instance_for_test() as instance:
+        yield instance
+
+
+class Ticks:
+    """A sensor evaluated again and again."""
+
+    def __init__(self, sensor: dg.SensorDefinition, instance: dg.DagsterInstance):
+        self.instance, self.name, self.cursor = instance, sensor.name, None
+        resources = {"ledger": LedgerResource(), "traffic_log": TrafficLogResource()}
+        self.defs = dg.Definitions(sensors=[sensor], resources=resources)
+
+    def __call__(self, keep_cursor: bool = True) -> str:
+        context = dg.build_sensor_context(
+            instance_ref=self.instance.get_ref(), definitions=self.defs, cursor=self.cursor
+        )
+        data = self.defs.resolve_sensor_def(self.name).evaluate_tick(context)
+        assert not data.run_requests
+        if keep_cursor:
+            self.cursor = data.cursor
+        return data.skip_message or ""
+
+
+@dg.job
+def broken_job():
+    @dg.op
+    def broken() -> None:
+        raise dg.Failure("row 3: expected a name", allow_retries=False)
+
+    broken()
+
+
+def test_a_failed_run_is_told_once(instance: dg.DagsterInstance, webhook: Webhook) -> None:
+    tick = Ticks(build_run_failures_sensor(), instance)
+    assert tick() == "nothing failed"
+    run_id = broken_job.execute_in_process(instance=instance, raise_on_error=False).run_id
+    assert tick(keep_cursor=False) == "1 runs failed; 1 alerts sent"
+    assert tick() == "nothing failed", "also where the tick's cursor was lost"
+    assert tick() == "nothing failed"
+    (alert,) = webhook.got
+    assert alert["title"] == "broken_job failed" and alert["details"] == "row 3: expected a name"
+    assert alert["text"].startswith("[error] broken_job failed\nrow 3") and run_id in alert["url"]
+
+
+def test_a_run_that_is_repeated_is_not_told(instance: dg.DagsterInstance, webhook: Webhook) -> None:
+    create_run_for_test(instance, status=dg.DagsterRunStatus.FAILURE, tags={WILL_RETRY_TAG: "true"})
+    assert Ticks(build_run_failures_sensor(), instance)() == "nothing failed"
+    create_run_for_test(instance, status=dg.DagsterRunStatus.FAILURE, tags={WILL_RETRY_TAG: "false"})
+    assert Ticks(build_run_failures_sensor(), instance)().startswith("1 runs failed")
+
+
+def test_what_the_webhook_does_not_take_waits(instance: dg.DagsterInstance, webhook: Webhook) -> None:
+    book = DecisionBook(Ledger(Settings.from_env().ledger_url))
+    book.alert(Alert("a", "first", "text"), Alert("b", "second", "text"))
+    tick = Ticks(build_run_failures_sensor(), instance)
+    webhook.status = 500
+    why = tick()
+    assert "did not take the next one (HTTPStatusError 500)" in why and "secret" not in why
+    webhook.status = 200
+    assert tick() == "2 alerts sent"
+    assert [alert["title"] for alert in webhook.got] == ["first", "second"]
+    webhook.server.shutdown()
+    webhook.server.server_close()
+    book.alert(Alert("c", "third", "text"))
+    assert "(ConnectError), it waits" in tick()
+    assert [alert.id for alert in book.undelivered()] == ["c"]
+
+
+def test_without_a_webhook_alerts_are_logged(instance: dg.DagsterInstance) -> None:
+    book = DecisionBook(Ledger(Settings.from_env().ledger_url))
+    book.alert(Alert("a", "first", "text"))
+    tick = Ticks(build_run_failures_sensor(), instance)
+    assert "1 alerts logged" in tick() and book.undelivered() == []
+
+
+def test_unusual_feedback_is_told_and_recorded_once(
+    instance: dg.DagsterInstance, evergreen_home: Path
+) -> None:
+    ledger = Ledger(Settings.from_env().ledger_url)
+    release(ledger)
+    traffic, book = TrafficLog(Settings.from_env().traffic_url), DecisionBook(ledger)
+    tick = Ticks(build_feedback_quality_sensor([make_spec()], window=50), instance)
+    assert tick() == "no new feedback"
+
+    def say(first: int, count: int, key: str | None) -> None:
+        for number in range(first, first + count):
+            asked = TrafficRecord(
+                id=f"chatcmpl-{number}",
+                at="2026-03-10T12:00:00+00:00",
+                customization="home",
+                key_id=key or f"key{number % 5}",
+                adapter_digest="a",
+                base_revision="b",
+                messages=[{"role": "user", "content": f"question {number}"}],
+                answer="yes",
+                status=200,
+                finish_reason="stop",
+                prompt_tokens=1,
+                completion_tokens=1,
+                latency_ms=1.0,
+                first_token_ms=None,
+                mean_logprob=None,
+            )
+            traffic.append([asked])
+            traffic.give_feedback(asked.id, asked.key_id, None, "yes")
+
+    say(0, 100, None)
+    assert "nothing unusual" in tick()
+    say(100, 20, None)
+    assert tick() == "too little new feedback to judge: home (20 of 50)"
+    say(120, 50, "key9")
+    first = tick(keep_cursor=False)
+    assert "key key9 gave" in first
+    assert tick() == first, "the tick whose cursor was lost is repeated"
+    (history,) = book.latest("home", 5)
+    assert (history.decision.action, history.decision.status) == ("watch", "no_action")
+    assert history.decision.seen["keys"] == ["key9"]
+    (alert,) = book.undelivered()
+    assert "unusual feedback" in alert.title
+    assert tick() == "no new feedback"

@@ -1,0 +1,382 @@
+"""The sensors that look at traffic and staleness, evaluated as the daemon does, with a real instance."""
+
+import dataclasses
+import datetime
+import json
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+import fleet_location
+import pytest
+from dagster._core.storage.tags import RUN_KEY_TAG, SENSOR_NAME_TAG
+from dagster._core.test_utils import create_run_for_test
+from maintenance_world import (
+    ADAPTER,
+    DATASET,
+    REVISION,
+    make_evidence,
+    make_spec,
+    release,
+)
+
+from ml_assets.base_models.partitions import BASE_MODELS
+from ml_assets.decisions.book import DecisionBook
+from ml_assets.decisions.diagnosis import Policy, decide
+from ml_assets.decisions.records import Decision
+from ml_assets.decisions.tags import CUSTOMIZATION_TAG, DECISION_TAG
+from ml_assets.endpoints.ledger import Ledger
+from ml_assets.settings import Settings
+from ml_assets.traffic.records import TrafficRecord
+from ml_assets.traffic.store import TrafficLog
+
+NO_WAIT = {2: datetime.timedelta(0), 3: datetime.timedelta(0)}
+SPECS = [make_spec(name, drift={"every": fleet_location.EVERY}) for name in ("home", "other")]
+
+
+class Fleet:
+    """An instance, a ledger and a traffic log, and ticks of the real sensors over them."""
+
+    def __init__(self, instance: dg.DagsterInstance, home: Path):
+        self.instance, self.home = instance, home
+        self.ledger = Ledger(Settings.from_env().ledger_url)
+        self.book = DecisionBook(self.ledger)
+        self.traffic = TrafficLog(Settings.from_env().traffic_url)
+        self.cursors: dict[str, str | None] = {}
+        self.load(*SPECS)
+
+    def load(self, *specs: Any) -> None:
+        self.specs = {spec.name: spec for spec in specs}
+        self.defs = fleet_location.definitions(*specs, retry_after=NO_WAIT)
+
+    def tick(self, sensor: str) -> tuple[list[dg.RunRequest], str]:
+        """(runs requested, why none)."""
+        context = dg.build_sensor_context(
+            instance_ref=self.instance.get_ref(), definitions=self.defs, cursor=self.cursors.get(sensor)
+        )
+        data = self.defs.resolve_sensor_def(sensor).evaluate_tick(context)
+        self.cursors[sensor] = data.cursor
+        return list(data.run_requests or []), data.skip_message or ""
+
+    def execute(self, request: dg.RunRequest, sensor: str = "drift") -> dg.ExecuteInProcessResult:
+        """The run of a request, under the tags that the daemon gives it."""
+        job = self.defs.resolve_job_def(str(request.job_name))
+        return job.execute_in_process(
+            instance=self.instance,
+            partition_key=request.partition_key,
+            run_config=request.run_config,
+            tags={**request.tags, RUN_KEY_TAG: str(request.run_key), SENSOR_NAME_TAG: sensor},
+            asset_selection=request.asset_selection,
+            raise_on_error=False,
+        )
+
+    def decide(self, name: str = "home", **changes: Any) -> Decision:
+        """Record what the decision asset would."""
+        policy = Policy.of(self.specs[name], Settings.from_env())
+        made = dataclasses.replace(decide(make_evidence(), policy), customization=name, **changes)
+        return self.book.record(made)
+
+    def ask(self, count: int, name: str = "home") -> None:
+        """Requests to an endpoint."""
+        start = sum(head.requests for head in self.traffic.heads().values())
+        self.traffic.append(
+            [
+                TrafficRecord(
+                    id=f"chatcmpl-{start + n}",
+                    at="2026-03-10T12:00:00+00:00",
+                    customization=name,
+                    key_id="key",
+                    adapter_digest=ADAPTER,
+                    base_revision=REVISION,
+                    messages=[{"role": "user", "content": "hello"}],
+                    answer="hi",
+                    status=200,
+                    finish_reason="stop",
+                    prompt_tokens=1,
+                    completion_tokens=1,
+                    latency_ms=1.0,
+                    first_token_ms=1.0,
+                    mean_logprob=-0.1,
+                )
+                for n in range(count)
+            ]
+        )
+
+    def look_done(self, looked: int, name: str = "home") -> None:
+        self.book.note(name, "look", {"adapter": ADAPTER, "to_seq": looked, "looked": looked})
+
+    def ran(self) -> list[dict[str, Any]]:
+        file = self.home / "ran.jsonl"
+        return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+@pytest.fixture
+def fleet(evergreen_home: Path) -> Iterator[Fleet]:
+    with dg.instance_for_test() as instance:
+        instance.add_dynamic_partitions(str(BASE_MODELS.name), [REVISION])
+        fleet = Fleet(instance, evergreen_home)
+        release(fleet.ledger)
+        release(fleet.ledger, "other")
+        yield fleet
+        fleet.ledger.close()
+        fleet.traffic.close()
+
+
+# -- looks ---------------------------------------------------------------------------------------------
+
+
+def test_a_look_after_enough_requests(fleet: Fleet) -> None:
+    requests, why = fleet.tick("drift")
+    assert requests == [] and "no requests yet: home, other" in why
+    fleet.ask(9)
+    assert "too few new requests for a look: home (9 of 10)" in fleet.tick("drift")[1]
+    fleet.ask(1)
+    ((look,), _) = fleet.tick("drift")
+    assert (look.job_name, look.run_key) == ("home__look", f"home:look:{ADAPTER[:12]}:0:1")
+
+    # it is under way: nothing is asked for again
+    tags = {CUSTOMIZATION_TAG: "home"}
+    run = create_run_for_test(
+        fleet.instance, job_name="home__look", status=dg.DagsterRunStatus.STARTED, tags=tags
+    )
+    assert fleet.tick("drift") == ([], "home: a look is under way")
+    fleet.instance.delete_run(run.run_id)
+    fleet.look_done(10)
+    assert "home (0 of 10)" in fleet.tick("drift")[1]
+
+
+def test_a_look_that_does_not_happen_is_asked_for_again_and_not_for_ever(fleet: Fleet) -> None:
+    fleet.ask(12)
+    keys = [fleet.tick("drift")[0][0].run_key for _ in range(3)]
+    assert keys == [f"home:look:{ADAPTER[:12]}:0:{attempt}" for attempt in (1, 2, 3)]
+    requests, why = fleet.tick("drift")
+    assert requests == [] and "3 looks failed; the next one after 10 more requests" in why
+    fleet.ask(10)
+    assert fleet.tick("drift")[0][0].run_key == f"home:look:{ADAPTER[:12]}:0:4"
+
+
+def test_what_serves_nothing_is_not_looked_at(fleet: Fleet) -> None:
+    fleet.load(*SPECS, make_spec("third", drift={"every": 1}))
+    fleet.ask(5, "third")
+    requests, why = fleet.tick("drift")
+    assert requests == [] and "nothing serves yet: third" in why
+
+
+# -- actions -------------------------------------------------------------------------------------------
+
+
+def test_a_decision_becomes_one_run(fleet: Fleet) -> None:
+    decision = fleet.decide()
+    ((request,), _) = fleet.tick("drift")
+    assert request.run_key == decision.key
+    assert (request.job_name, request.partition_key) == ("home__update", REVISION)
+    assert request.tags[DECISION_TAG] == decision.id
+    for part in (decision.evidence, DATASET[:12], decision.policy, ":1"):
+        assert part in str(request.run_key)
+
+    # the tick's answer was lost: the same run is requested again
+    ((again,), _) = fleet.tick("drift")
+    assert again.run_key == request.run_key
+
+    assert fleet.execute(request).success
+    requests, why = fleet.tick("drift")
+    assert requests == [] and "incremental_update succeeded, the gate says promote" in why
+    assert fleet.book.get(decision.id).state == "succeeded"
+    assert {(line["asset"], line["job"]) for line in fleet.ran()} == {
+        (kind, "home__update") for kind in ("dataset", "adapter", "eval_report", "endpoint")
+    }
+    assert [line["mode"] for line in fleet.ran() if line["asset"] == "adapter"] == ["incremental"]
+    assert fleet.tick("drift")[0] == []
+
+
+def test_a_failed_run_is_tried_again_with_another_key_and_then_given_up(fleet: Fleet) -> None:
+    (fleet.home / "fail").touch()
+    first = fleet.decide()
+    keys = []
+    for _ in range(3):
+        ((request,), _) = fleet.tick("drift")
+        keys.append(request.run_key)
+        assert not fleet.execute(request).success
+    assert len(set(keys)) == 3
+    requests, why = fleet.tick("drift")
+    assert requests == [] and "gave_up" in why
+    assert fleet.tick("drift")[0] == []
+    assert [h.state for h in fleet.book.latest("home", 5)] == ["gave_up", "failed", "failed"]
+    (alert,) = fleet.book.undelivered()
+    assert "is not tried again" in alert.title
+    assert first.evidence in {h.decision.evidence for h in fleet.book.latest("home", 5)}
+
+
+def test_attempts_wait(fleet: Fleet) -> None:
+    fleet.defs = fleet_location.definitions(*SPECS)
+    fleet.decide(attempt=2)
+    requests, why = fleet.tick("drift")
+    assert requests == [] and "attempt 2 of incremental_update waits 0:05:00" in why
+
+
+def test_a_rejected_candidate_is_followed_by_a_retrain_once(fleet: Fleet) -> None:
+    (fleet.home / "verdict").write_text("reject")
+    fleet.decide()
+    ((request,), _) = fleet.tick("drift")
+    fleet.execute(request)
+    ((retrain,), _) = fleet.tick("drift")
+    assert retrain.run_config == {"ops": {"home__adapter": {"config": {"mode": "full"}}}}
+    fleet.execute(retrain)
+    assert fleet.tick("drift")[0] == []
+    assert [(h.decision.action, h.state, h.verdict) for h in fleet.book.latest("home", 5)] == [
+        ("full_retrain", "succeeded", "reject"),
+        ("incremental_update", "succeeded", "reject"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"adapter_digest": "f" * 64}, "serves since"),
+        ({"policy": "00000000"}, "the policy changed"),
+        ({"base_revision": "gone@000000000000"}, "is not a partition any more"),
+    ],
+)
+def test_a_decision_that_does_not_hold_any_more_is_dropped(fleet: Fleet, changes: dict, reason: str) -> None:
+    decision = fleet.decide(**changes)
+    good = fleet.decide("other")
+    requests, _ = fleet.tick("drift")
+    assert [request.run_key for request in requests] == [good.key], "one bad decision stops no other"
+    history = fleet.book.get(decision.id)
+    assert history.state == "dropped" and reason in history.end.detail
+
+
+@pytest.mark.parametrize("status", ["record_only", "blocked_by_budget", "no_action"])
+def test_what_would_have_been_done_is_not_done(fleet: Fleet, status: str) -> None:
+    fleet.decide(status=status)
+    assert fleet.tick("drift")[0] == []
+
+
+def test_an_exhausted_budget_at_the_last_moment(fleet: Fleet) -> None:
+    limited = make_spec("home", maintenance={"device_seconds_per_month": 50})
+    fleet.load(limited, SPECS[1])
+    fleet.decide(status="to_do", device_seconds=60.0)
+    requests, why = fleet.tick("drift")
+    assert requests == [] and "the budget of this customization" in why
+    (alert,) = fleet.book.undelivered()
+    assert "blocked by the budget" in alert.title
+
+
+def test_a_run_by_hand_comes_first(fleet: Fleet) -> None:
+    fleet.decide()
+    run = create_run_for_test(
+        fleet.instance,
+        job_name="home__main",
+        status=dg.DagsterRunStatus.STARTED,
+        tags={CUSTOMIZATION_TAG: "home"},
+    )
+    requests, why = fleet.tick("drift")
+    assert requests == [] and f"waits for run {run.run_id[:8]}" in why
+    fleet.instance.report_run_canceled(run)
+    assert len(fleet.tick("drift")[0]) == 1
+
+
+def test_a_run_that_a_person_canceled_is_not_repeated(fleet: Fleet) -> None:
+    decision = fleet.decide()
+    ((request,), _) = fleet.tick("drift")
+    run = create_run_for_test(
+        fleet.instance, job_name="home__update", status=dg.DagsterRunStatus.STARTED, tags=dict(request.tags)
+    )
+    fleet.instance.report_run_canceled(run)
+    requests, why = fleet.tick("drift")
+    assert requests == [] and "canceled" in why and fleet.book.get(decision.id).state == "canceled"
+
+
+def test_two_sensors_that_want_the_same_customization_at_once(fleet: Fleet) -> None:
+    """Both ticks at the same time on two threads, ten times: one run, and the other decision waits."""
+    for number in range(10):
+        fleet.decide(evidence=f"look-{number}")
+        refresh = {"action": "refresh_source", "evidence": f"source-{number}"}
+        fleet.decide(**refresh)
+        start, found = threading.Barrier(2), []
+
+        def tick(sensor: str, start: threading.Barrier, found: list) -> None:
+            start.wait()
+            found.extend((sensor, request) for request in fleet.tick(sensor)[0])
+
+        threads = [
+            threading.Thread(target=tick, args=(name, start, found)) for name in ("drift", "stale_data")
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert len(found) == 1, [request.run_key for _, request in found]
+        assert len(fleet.book.claims()) == 1
+        sensor, request = found[0]
+        fleet.execute(request, sensor)
+        # the other one follows when the first has ended
+        ((late, _), _) = (fleet.tick(sensor), fleet.tick("stale_data" if sensor == "drift" else "drift"))
+        assert late == []
+        other = "stale_data" if sensor == "drift" else "drift"
+        ((second,), _) = fleet.tick(other)
+        fleet.execute(second, other)
+        fleet.tick(other)
+        assert fleet.book.claims() == []
+
+
+# -- staleness -----------------------------------------------------------------------------------------
+
+
+def note_all(fleet: Fleet, source: str, made_of: str) -> None:
+    fleet.book.note("home", "source", {"version": source})
+    fleet.book.note("home", "dataset", {"digest": DATASET, "source_version": made_of, "train_rows": 10})
+    facts = {"adapter": ADAPTER, "base_revision": REVISION, "dataset": DATASET, "source_version": made_of}
+    fleet.book.note("home", "candidate", facts | {"verdict": "promote"})
+    fleet.book.note("home", "accepted", facts | {"verdict": "promote"})
+
+
+def test_other_rows_in_the_source_start_the_main_job_once(fleet: Fleet) -> None:
+    note_all(fleet, "v1", "v1")
+    requests, why = fleet.tick("stale_data")
+    assert requests == [] and why.startswith("2 customizations are up to date")
+    note_all(fleet, "v2", "v1")
+    ((request,), _) = fleet.tick("stale_data")
+    assert (request.job_name, request.partition_key) == ("home__main", REVISION)
+    fleet.execute(request, "stale_data")
+    requests, why = fleet.tick("stale_data")
+    assert requests == [] and "refresh_source succeeded" in why
+    assert fleet.tick("stale_data")[0] == [], "what it led to is for the gate, not for another run"
+
+
+def test_an_old_dataset_is_built_again_and_nothing_else(fleet: Fleet) -> None:
+    note_all(fleet, "v1", "v1")
+    fleet.load(make_spec("home", freshness={"dataset": "1m"}), SPECS[1])
+    import sqlalchemy as sa
+
+    with fleet.ledger.engine.begin() as connection:
+        old = "2020-01-01T00:00:00.000000+00:00"
+        connection.execute(sa.text(f"UPDATE notes SET at = '{old}' WHERE subject = 'dataset'"))
+    ((request,), _) = fleet.tick("stale_data")
+    assert request.asset_selection == [dg.AssetKey(["home", "dataset"])] and request.partition_key is None
+    assert fleet.execute(request, "stale_data").success
+    assert [line["asset"] for line in fleet.ran()] == ["dataset"]
+
+
+def test_an_endpoint_that_lags_is_released(fleet: Fleet) -> None:
+    note_all(fleet, "v1", "v1")
+    facts = {"adapter": "n" * 64, "base_revision": REVISION, "dataset": DATASET, "source_version": "v1"}
+    fleet.book.note("home", "accepted", facts | {"verdict": "promote"})
+    ((request,), _) = fleet.tick("stale_data")
+    assert request.asset_selection == [dg.AssetKey(["home", kind]) for kind in ("eval_report", "endpoint")]
+    assert fleet.execute(request, "stale_data").success
+    assert [line["asset"] for line in fleet.ran()] == ["eval_report", "endpoint"]
+
+
+def test_sources_are_looked_at_once_in_an_interval(fleet: Fleet) -> None:
+    fleet.load(make_spec("home", freshness={"source": "1h"}), SPECS[1])
+    ((request,), _) = fleet.tick("stale_data")
+    assert request.job_name == "home__observe" and str(request.run_key).startswith("home:observe:")
+    assert fleet.tick("stale_data")[0] == [], "also where it fails"
+    fleet.cursors.clear()
+    ((again,), _) = fleet.tick("stale_data")
+    assert again.run_key == request.run_key, "a tick whose cursor was lost: the daemon makes one run of it"
+    fleet.book.note("home", "source", {"version": "v1"})
+    assert fleet.tick("stale_data")[0] == []
