@@ -41,7 +41,6 @@ REASONS = {
     "feedback_distrusted": "right answer of a key that contradicts the source too often",
     "feedback_share": "right answer beyond its key's share (feedback.max_share_per_key)",
     "feedback_disagrees": "right answer that contradicts other feedback on nearly the same input",
-    "feedback_own_answer": "the model's own answer, which may train but not evaluate",
     "parent_without_column": "evaluation row of the snapshot before, without a column that the prompt needs",
 }
 

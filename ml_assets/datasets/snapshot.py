@@ -310,8 +310,8 @@ class _Builder:
         return [today.get(row["_row"], row) for row in frozen]
 
     def admit_feedback(self, feedback: Sequence[Said], known: list[Row]) -> list[Row]:
-        """The right answers of users that join. The model's own answers train, but never evaluate: they would
-        say that it is right."""
+        """The right answers of users that join. Those that are the model's own stay among them, also where
+        they evaluate: without them, the new evaluation rows would be its mistakes alone."""
         said: list[Said] = []
         for one in feedback:
             row = {column: normalize(one.row.get(column)) for column in self.spec.columns()}
@@ -332,13 +332,7 @@ class _Builder:
             self.remove,
         )
         self.feedback_keys = admitted.keys
-        joined: dict[str, Row] = {}
-        for one in admitted.rows:
-            evaluates = is_evaluation(self.split_key(one.row), spec.dataset.evaluation_share)
-            if one.origin == "champion" and evaluates:
-                self.remove("feedback_own_answer", one.row, "it would evaluate")
-            else:
-                joined[one.row["_row"]] = one.row | {"_origin": one.origin}
+        joined = {one.row["_row"]: one.row | {"_origin": one.origin} for one in admitted.rows}
         return list(joined.values())
 
     def drop_conflicts(self, rows: list[Row], frozen: list[Row]) -> list[Row]:

@@ -239,7 +239,7 @@ def _evaluate(
         evaluation,
         against="champion" if champion else "base",
         forgetting=forgotten,
-        labels_from_champion=any(row.get("_label_source") == "champion" for row in rows),
+        labels_from_champion=any(row.get("_origin") == "champion" for row in rows),
     )
     if (
         champion

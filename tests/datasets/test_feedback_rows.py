@@ -106,16 +106,14 @@ def test_right_answers_join_with_their_origin(tmp_path: Path, store: ArtifactSto
     built = build(tmp_path, store, said)
     found = {row["text"]: row for row in joined(store, built)}
     evaluating = {text for text, row in found.items() if row["_split"] == "evaluation"}
-    assert set(found) <= set(NEW)
+    assert set(found) == set(NEW)
     for n, text in enumerate(NEW):
         if n % 2 == 0:
             assert found[text]["_origin"] == "feedback" and found[text]["place"] == "moon"
             assert found[text]["kind"] == f"request chatcmpl-{n + 1}"
-        elif text in found:
-            assert (found[text]["_origin"], found[text]["_split"]) == ("champion", "train")
-    assert evaluating and all(found[text]["_origin"] == "feedback" for text in evaluating)
-    own = built.record["removed"].get("feedback_own_answer", 0)
-    assert own + sum(row["_origin"] == "champion" for row in found.values()) == 6 and own >= 1
+        else:
+            assert found[text]["_origin"] == "champion"
+    assert evaluating  # by the same split, the model's own answers among them
     assert {row["_origin"] for row in rows_of(store, built)} == {"source", "feedback", "champion"}
     assert load_manifest(store.open(built.ref))["feedback"]["given"] == 12
     assert built.record["feedback"]["rows"]["feedback"] == 6
