@@ -31,7 +31,7 @@ def row_of(
     if target is None and right_answer is not None:
         return None
     # what a column of the question says, it says in the answer, too
-    if any(target[column] != asked[column] for column in (target or {}).keys() & asked.keys()):
+    if target and any(target[column] != asked[column] for column in target.keys() & asked.keys()):
         if right_answer is not None:
             return None
         target = None

@@ -103,7 +103,7 @@ def test_right_answers_join_with_their_origin(tmp_path: Path, store: ArtifactSto
     for n, text in enumerate(NEW):
         said.add(text, "off", answer="off" if n % 2 else "on", place="moon")
     said.add("a rating alone says nothing about the right answer", None, answer="on")
-    built = build(tmp_path, store, said)
+    built = build(tmp_path, store, said, dataset={"evaluation_share": 0.5})
     found = {row["text"]: row for row in joined(store, built)}
     evaluating = {text for text, row in found.items() if row["_split"] == "evaluation"}
     assert set(found) == set(NEW)
@@ -272,7 +272,7 @@ def test_of_a_poisoned_flood_at_most_one_percent_trains(
     assert len(reached) <= 10, Counter(row["text"] for row in reached)
     kept = {row["_row"] for row in rows}
     assert {row["_row"] for row in train} <= kept, "not a row of the source was lost to it"
-    assert sum(row["text"] in set(honest) for row in rows) >= 0.5 * len(honest)
+    assert sum(row["text"] in set(honest) for row in rows) >= 0.4 * len(honest)
 
 
 @pytest.mark.parametrize("spread", ["near", "far"])

@@ -151,6 +151,7 @@ def test_streams_are_stored_whole_and_feedback_may_follow_at_once(served: Served
 
 
 def test_failed_and_cancelled_requests_are_stored_with_their_status(served: Served) -> None:
+    served.record(served.chat().json()["id"])
     before = served.log.heads()["home"].last_seq
     assert served.chat(timeout=1e-6).status_code == 504
     with served.http.stream(

@@ -25,7 +25,7 @@ def observe(instance: dg.DagsterInstance) -> dg.ExecuteInProcessResult:
     return job.execute_in_process(instance=instance, raise_on_error=False)
 
 
-def test_an_observation_says_what_is_new(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_observation_says_what_is_new() -> None:
     with dg.instance_for_test() as instance:
         assert observe(instance).success
         observation = newest(instance)
@@ -55,7 +55,7 @@ def test_an_observation_says_what_is_new(monkeypatch: pytest.MonkeyPatch) -> Non
         assert 20 < shown["latency_p50_ms"] < 28 < shown["latency_p99_ms"] <= 48
         assert shown["over_time"].startswith("![requests over time](data:image/png;base64,")
         assert len(shown["over_time"]) < 60_000
-        first = shown["sample"][0].data
+        first = observation.metadata["sample"].records[0].data
         assert (first["status"], first["rating"], first["right_answer"]) == ("200 malformed", "down", "off")
         log.close()
 
