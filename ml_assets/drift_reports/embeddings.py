@@ -60,7 +60,7 @@ def hashing() -> Embed:
     words = HashingVectorizer(ngram_range=(1, 2), token_pattern=r"(?u)\b\w+\b", **options)
     characters = HashingVectorizer(analyzer="char_wb", ngram_range=(3, 3), **options)
     projection = SparseRandomProjection(DIMENSIONS, random_state=0, dense_output=True)
-    projection.fit(np.zeros((1, 2**17), dtype=np.float32))
+    projection.fit(np.zeros((1, 2**17)))
 
     def embed(texts: Sequence[str]) -> Vectors:
         from scipy.sparse import hstack

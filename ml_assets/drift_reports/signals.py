@@ -211,13 +211,12 @@ def estimated_accuracy(watch: Watch) -> float | None:
 def unlabelled_of(watch: Watch, most: int) -> list[str]:
     """Ids of recent requests without a right answer: those least like the reference and those that the
     champion was least sure of, by turns."""
-    p = watch.progress
-    known = set(watch.judged)
-    open_ = [r for r in p.recent if r.id not in known and r.prompt]
-    strange = sorted((r for r in open_ if r.score is not None), key=lambda r: (-(r.score or 0.0), r.seq))
-    unsure = sorted(
-        (r for r in open_ if r.confidence is not None), key=lambda r: (r.confidence or 0.0, r.seq)
-    )
+    recent, known = watch.progress.recent, set(watch.judged)
+    score = dict(zip((r.id for r in recent), watch.strangeness() or [0.0] * len(recent), strict=True))
+    open_ = [r for r in recent if r.id not in known and r.prompt]
+    strange = sorted(open_, key=lambda r: (-score[r.id], r.seq)) if any(score.values()) else []
+    measured = (r for r in open_ if r.confidence is not None)
+    unsure = sorted(measured, key=lambda r: (r.confidence or 0.0, -score[r.id], r.seq))
     newest = sorted(open_, key=lambda r: -r.seq)
     chosen: dict[str, None] = {}
     for i in range(len(open_)):
@@ -236,16 +235,12 @@ def _rows(watch: Watch, name: str) -> list[dict[str, str]]:
     recent = p.recent
     chosen: list[tuple[Recent, str]] = []
     if name in ("inputs_classifier", "inputs_mmd"):
-        scored = sorted((r for r in recent if r.score is not None), key=lambda r: -(r.score or 0.0))
+        strangeness = watch.strangeness() or []
+        scored = sorted(zip(strangeness, recent, strict=False), key=lambda pair: -pair[0])
         words = moved_words(watch)
-        chosen = [
-            (
-                r,
-                f"score {r.score:.1f}; "
-                + (", ".join(w for w in words if w in words_of(r.prompt)) or "by its meaning"),
-            )
-            for r in scored[:SHOWN]
-        ]
+        for score, r in scored[:SHOWN]:
+            said = ", ".join(word for word in words if word in words_of(r.prompt)) or "by its meaning"
+            chosen.append((r, f"score {score:.1f}; {said}"))
     elif name == "outputs_mix":
         chosen = _other_labels(watch)
     elif name == "outputs_length":

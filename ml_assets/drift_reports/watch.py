@@ -61,7 +61,6 @@ class Recent:
     malformed: bool
     refused: bool
     confidence: float | None
-    score: float | None
 
 
 @dataclass
@@ -111,6 +110,8 @@ class Watch:
         self.judged: dict[str, None] = {}
         self.detectors = _detectors(reference, days)
         self.projection = reference.projection if "held" in reference.arrays else None
+        width = reference.arrays["held"].shape[1] if "held" in reference.arrays else 0
+        self.features = np.zeros((0, width), np.float32)  # of `progress.recent`
         metric = spec.evaluation.resolved_metrics()[0]
         self._score = row_scores([metric], spec.evaluation.task)[metric_name(metric)]
         self._right_from = right_from(metric_name(metric))
@@ -141,15 +142,10 @@ class Watch:
     def _block(self, block: list[Observation], embed: Embed) -> None:
         p = self.progress
         seqs, day = [o.seq for o in block], max(o.day for o in block)
-        scores: list[float | None] = [None] * len(block)
         if self.projection is not None:
             texts = [o.text for o in block]
             rows = self.projection.apply(embed(texts), surface_of(texts))
-            classifier = self.detectors["inputs_classifier"]
-            assert isinstance(classifier, ClassifierDetector)
-            direction = classifier.best_direction()
-            if direction is not None:
-                scores = [float(score) for score in rows @ direction]
+            self.features = np.concatenate([self.features, rows])[-RECENT:]
             for name in ("inputs_classifier", "inputs_mmd"):
                 if name in self.detectors:
                     self.detectors[name].block(rows, seqs, day)  # type: ignore[arg-type]
@@ -163,7 +159,7 @@ class Watch:
             if name in self.detectors:
                 self.detectors[name].block(np.array(values, dtype=float), seqs, day)
         p.counted += len(block)
-        for o, score in zip(block, scores, strict=True):
+        for o in block:
             if o.confidence is not None:
                 p.confident.append((o.seq, o.at, o.confidence))
                 if len(p.confident) == BLOCK:
@@ -177,7 +173,6 @@ class Watch:
                     p.answers[o.seq],
                     **vars(o.answer),
                     confidence=o.confidence,
-                    score=score,
                 )
             )
         p.recent = p.recent[-RECENT:]
@@ -255,6 +250,14 @@ class Watch:
                     self.detectors["outcome_feedback"].block(wrong, [seq for seq, _, _ in p.judged], day)
                 p.judged = []
 
+    def strangeness(self) -> list[float] | None:
+        """How little each of `progress.recent` is like the reference, by the classifier with the most
+        evidence: about standard normal for a row of the reference. None as long as there is no
+        classifier."""
+        classifier = self.detectors.get("inputs_classifier")
+        direction = classifier.best_direction() if isinstance(classifier, ClassifierDetector) else None
+        return None if direction is None else [float(score) for score in self.features @ direction]
+
     def is_right(self, expected: str, answer: str, row: Mapping[str, Any]) -> bool:
         """By the first metric; an answer or a label that it can't read is wrong."""
         try:
@@ -268,7 +271,10 @@ class Watch:
         """Files of the state. Same requests, same bytes."""
         from safetensors.numpy import save
 
-        arrays: State = {"seen": np.fromiter(self.seen, dtype=np.int64, count=len(self.seen))}
+        arrays: State = {
+            "seen": np.fromiter(self.seen, dtype=np.int64, count=len(self.seen)),
+            "features": self.features,
+        }
         for name, detector in self.detectors.items():
             arrays |= {f"{name}.{key}": value for key, value in detector.state().items()}
         p = self.progress
@@ -290,6 +296,7 @@ class Watch:
 
         arrays = load(files["state.safetensors"])
         self.seen = dict.fromkeys(int(twin) for twin in arrays.pop("seen"))
+        self.features = arrays.pop("features")
         for name, detector in self.detectors.items():
             prefix = f"{name}."
             detector.restore({k.removeprefix(prefix): v for k, v in arrays.items() if k.startswith(prefix)})
