@@ -93,6 +93,8 @@ import dagster as dg
 from {PACKAGE}.definitions import defs
 loaded = defs()
 repository = loaded.get_repository_def()
+wanted = ("ledger", "traffic_log", "gateway", "artifact_store")
+resources = {{name: loaded.resources[name] for name in wanted}}
 found = {{}}
 with dg.DagsterInstance.get() as instance:
     for name in ("stale_data", "drift", "feedback_quality", "endpoint_health", "run_failures"):
@@ -100,7 +102,8 @@ with dg.DagsterInstance.get() as instance:
         for again in range(int(sys.argv[1])):
             start = time.perf_counter()
             context = dg.build_sensor_context(
-                instance_ref=instance.get_ref(), repository_def=repository, cursor=cursor
+                instance_ref=instance.get_ref(), repository_def=repository, cursor=cursor,
+                resources=resources,
             )
             data = repository.get_sensor_def(name).evaluate_tick(context)
             found.setdefault(name, []).append(time.perf_counter() - start)

@@ -417,7 +417,7 @@ def _cannot_train(action: Action, evidence: Evidence, policy: Policy, found: Dia
             said = "rejected a candidate" if past.verdict == "reject" else "asked for more rows"
             return f"the gate {said} at {(past.ended_at or past.at)[:16]}, and {more} labels came since"
         if same and past.action == action and past.state == "gave_up":
-            return f"it failed {MAX_ATTEMPTS} times until {str(past.ended_at)[:16]}; only {more} labels came since"
+            return f"it failed {MAX_ATTEMPTS} times, and {more} labels came since"
     gain = _gain(evidence, policy, action)
     if gain is not None and gain <= 0:
         return f"it costs more than it gains in a month ({gain:.2f} {policy.currency})"

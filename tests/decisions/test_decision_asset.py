@@ -197,7 +197,7 @@ def test_before_anything_serves_nothing_is_decided(home: Home) -> None:
 def test_a_damaged_champion_fails_with_its_name(home: Home) -> None:
     path = Path(home.store.location(home.adapter)) / "manifest.json"
     path.chmod(0o644)
-    path.write_text("{}")
+    path.write_text("damaged")
     result = home.materialize(make_findings())
     assert not result.success
     (event,) = result.get_step_failure_events()

@@ -73,10 +73,13 @@ class Ticks:
         self.defs = dg.Definitions(sensors=[sensor], resources=resources)
 
     def __call__(self, keep_cursor: bool = True) -> str:
-        context = dg.build_sensor_context(
-            instance_ref=self.instance.get_ref(), definitions=self.defs, cursor=self.cursor
-        )
-        data = self.defs.resolve_sensor_def(self.name).evaluate_tick(context)
+        with dg.build_sensor_context(
+            instance_ref=self.instance.get_ref(),
+            definitions=self.defs,
+            resources=dict(self.defs.resources or {}),
+            cursor=self.cursor,
+        ) as context:
+            data = self.defs.resolve_sensor_def(self.name).evaluate_tick(context)
         assert not data.run_requests
         if keep_cursor:
             self.cursor = data.cursor

@@ -53,10 +53,13 @@ class Fleet:
 
     def tick(self, sensor: str) -> tuple[list[dg.RunRequest], str]:
         """(runs requested, why none)."""
-        context = dg.build_sensor_context(
-            instance_ref=self.instance.get_ref(), definitions=self.defs, cursor=self.cursors.get(sensor)
-        )
-        data = self.defs.resolve_sensor_def(sensor).evaluate_tick(context)
+        with dg.build_sensor_context(
+            instance_ref=self.instance.get_ref(),
+            definitions=self.defs,
+            resources=dict(self.defs.resources or {}),
+            cursor=self.cursors.get(sensor),
+        ) as context:
+            data = self.defs.resolve_sensor_def(sensor).evaluate_tick(context)
         self.cursors[sensor] = data.cursor
         return list(data.run_requests or []), data.skip_message or ""
 
@@ -290,8 +293,8 @@ def test_a_run_that_a_person_canceled_is_not_repeated(fleet: Fleet) -> None:
 
 
 def test_two_sensors_that_want_the_same_customization_at_once(fleet: Fleet) -> None:
-    """Both ticks at the same time on two threads, ten times: one run, and the other decision waits."""
-    for number in range(10):
+    """Both ticks at the same time on two threads, four times: one run, and the other decision waits."""
+    for number in range(4):
         fleet.decide(evidence=f"look-{number}")
         refresh = {"action": "refresh_source", "evidence": f"source-{number}"}
         fleet.decide(**refresh)

@@ -46,10 +46,13 @@ class Health:
         self.defs = dg.Definitions(assets=assets, jobs=jobs, sensors=[sensor], resources=self.resources)
 
     def tick(self) -> tuple[list[dg.RunRequest], str]:
-        context = dg.build_sensor_context(
-            instance_ref=self.instance.get_ref(), definitions=self.defs, cursor=self.cursor
-        )
-        data = self.defs.resolve_sensor_def("endpoint_health").evaluate_tick(context)
+        with dg.build_sensor_context(
+            instance_ref=self.instance.get_ref(),
+            definitions=self.defs,
+            resources=self.resources,
+            cursor=self.cursor,
+        ) as context:
+            data = self.defs.resolve_sensor_def("endpoint_health").evaluate_tick(context)
         self.cursor = data.cursor
         return list(data.run_requests or []), data.skip_message or ""
 

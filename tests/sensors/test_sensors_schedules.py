@@ -71,4 +71,4 @@ def test_a_cron_that_is_none_is_told_with_its_line(tmp_path: Path, cron: str) ->
         project.definitions()
     line = text.splitlines().index(f'    - cron: "{cron}"') + 1
     assert f"defs.yaml:{line}" in str(error.value)
-    assert f"schedules[0].cron: expected a cron expression, found '{cron}'" in str(error.value)
+    assert f"schedules.0.cron: expected a cron expression, found '{cron}'" in str(error.value)
