@@ -6,6 +6,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 LOCKS := requirements.lock requirements-dev.lock
+EVERGREEN_HOME ?= .evergreen
 CPU_COUNT := $(shell getconf _NPROCESSORS_ONLN)
 # The first interpreter that is new enough; override with `make setup PYTHON=...`.
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3.14 python3; do \
@@ -57,6 +58,12 @@ lock:  ## pin the newest versions that pyproject.toml allows, from a fresh envir
 demo: setup  ## set up, run the main job on the demo customizations, serve the result
 	@$(BIN)/evergreen demo
 
+# A deployment of its own, so that the demonstration's years do not mix with the customizations of this project.
+DRIFT_HOME ?= $(EVERGREEN_HOME)/demo-drift-home
+.PHONY: demo-drift
+demo-drift: setup  ## replay a product's history: drift, decisions, updates, with nobody touching it
+	@EVERGREEN_HOME=$(DRIFT_HOME) $(BIN)/python -m examples.home_commands.history.replay
+
 .PHONY: up down status
 up: setup  ## start Dagster, MLflow and the gateway in the background
 	@$(BIN)/evergreen up
@@ -81,7 +88,6 @@ lint: setup  ## ruff, pyright, and Dagster's own check of the definitions
 	$(BIN)/dg check defs
 
 # The programs that benchmarks/ compares with. vLLM's wheel brings packages built for another torch.
-EVERGREEN_HOME ?= .evergreen
 PEER ?= trl vllm llama drift
 .PHONY: peers
 peers:  ## virtual environments of what the benchmarks compare with; one of them with PEER=name

@@ -11,6 +11,7 @@ from ml_assets.adapters.reproduce import build_reproduce_job
 from ml_assets.customization import Customization
 from ml_assets.fleet.asset import build_fleet_assets
 from ml_assets.mistakes import SpecError, check_files
+from ml_assets.settings import Settings
 from ml_assets.spec import CustomizationSpec
 from resources.artifact_store import ArtifactRefIOManager, ArtifactStoreResource
 from resources.base_model_hub import BaseModelHub
@@ -75,7 +76,7 @@ def _fleet(specs: Sequence[CustomizationSpec], jobs: Sequence[Any]) -> dg.Defini
         schedules=[daily],
         sensors=[
             build_stale_data_sensor(specs, named("main", "observe")),
-            build_drift_sensor(specs, named("look", "update")),
+            build_drift_sensor(specs, named("look", "update"), Settings.from_env().sensor_seconds),
             build_feedback_quality_sensor(specs),
             build_endpoint_health_sensor(specs, named("main")),
             build_run_failures_sensor(),

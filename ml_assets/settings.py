@@ -14,6 +14,7 @@
 | `EVERGREEN_FLEET_DEVICE_SECONDS` | | device seconds a month for all maintenance |
 | `EVERGREEN_FLEET_MONEY` | | the same in money |
 | `EVERGREEN_ALERT_WEBHOOK` | | URL that gets alerts as JSON |
+| `EVERGREEN_SENSOR_SECONDS` | `30` | between two ticks of the sensor that looks at the traffic |
 | `EVERGREEN_REQUEST_SECONDS` | `300` | time that a request to the gateway may take, waiting included |
 | `EVERGREEN_KV_CACHE_MB` | `2048` | keys and values of the requests under way on one base, in the gateway |
 | `EVERGREEN_PREFIX_CACHE_MB` | `512` | those of system prompts and other beginnings kept for later requests |
@@ -49,6 +50,7 @@ class Settings:
     fleet_device_seconds: float | None
     fleet_money: float | None
     alert_webhook: str | None = field(repr=False)
+    sensor_seconds: int
     request_seconds: int
     kv_cache_bytes: int
     prefix_cache_bytes: int
@@ -76,6 +78,7 @@ class Settings:
             fleet_device_seconds=_number("EVERGREEN_FLEET_DEVICE_SECONDS"),
             fleet_money=_number("EVERGREEN_FLEET_MONEY"),
             alert_webhook=os.environ.get("EVERGREEN_ALERT_WEBHOOK") or None,
+            sensor_seconds=_limit("EVERGREEN_SENSOR_SECONDS", 30),
             request_seconds=_limit("EVERGREEN_REQUEST_SECONDS", 300),
             kv_cache_bytes=_limit("EVERGREEN_KV_CACHE_MB", 2048) * 2**20,
             prefix_cache_bytes=_limit("EVERGREEN_PREFIX_CACHE_MB", 512) * 2**20,

@@ -6,7 +6,7 @@ import os
 import shlex
 import textwrap
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import httpx
@@ -35,19 +35,34 @@ def demo(settings: Settings) -> None:
 
     Raises OperationError with the reason when something can't be done.
     """
+    with brought_up(settings, supervisor.ROOT, clock()) as (customizations, instance, urls):
+        _print_next(settings, urls, customizations, instance)
+
+
+def clock() -> Callable[[str], None]:
+    """Prints lines with the time since now."""
     began = time.monotonic()
 
     def show(text: str) -> None:
         minutes, seconds = divmod(int(time.monotonic() - began), 60)
         print(f"{minutes:02d}:{seconds:02d}  {text}", flush=True)
 
+    return show
+
+
+@contextlib.contextmanager
+def brought_up(
+    settings: Settings, project: Path, show: Callable[[str], None]
+) -> Iterator[tuple[list[CustomizationSpec], DagsterInstance, dict[str, str]]]:
+    """A running deployment whose customizations (those of the project around a path) are up to date: their
+    specs, its instance, and the addresses of its programs."""
     show("starting Dagster, MLflow and the gateway")
     started = supervisor.start(settings)
     state = supervisor.read_state(settings)
     urls = state["urls"] if state else supervisor.urls(settings)
     if not started:  # a customization may have been added or changed since
         supervisor.reload(urls)
-    tree = ComponentTree.for_project(supervisor.ROOT)
+    tree = ComponentTree.for_project(project)
     customizations = [component.spec for component in tree.get_all_components(Customization)]
     with DagsterInstance.from_config(str(settings.dagster_home)) as instance:
         dagster = Dagster(urls["dagster"], instance)
@@ -57,7 +72,7 @@ def demo(settings: Settings) -> None:
         launched = _bring_up_to_date(dagster, customizations, revisions, show)
         if not launched:
             show("nothing changed: every asset is up to date, so no run was launched")
-        _print_next(settings, urls, customizations, instance)
+        yield customizations, instance, urls
 
 
 def _register(tree: ComponentTree, instance: DagsterInstance, settings: Settings) -> dict[str, str]:
