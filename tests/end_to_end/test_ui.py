@@ -1,6 +1,7 @@
 """What an operator does in the browser: materialize a customization for a base revision from the asset graph,
 see checks and report, follow the link to MLflow. Headless Chromium against a whole deployment."""
 
+import contextlib
 import os
 import re
 import shutil
@@ -51,9 +52,17 @@ def free_port() -> int:
 @pytest.fixture
 def deployment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Settings, str]]:
     """A deployment that is up, with one customization and one base revision; nothing is materialized."""
+    with deployed(tmp_path, monkeypatch, CUSTOMIZATION) as found:
+        yield found
+
+
+@contextlib.contextmanager
+def deployed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, customization: str
+) -> Iterator[tuple[Settings, str]]:
     project = Project.create(tmp_path / "shop")
     project.write("bases", base_models_yaml({"tiny": tiny_model("llama", tmp_path / "tiny")}))
-    project.write("colours", CUSTOMIZATION, colour_rows(400))
+    project.write("colours", customization, colour_rows(400))
     monkeypatch.setenv("EVERGREEN_HOME", str(tmp_path / "home"))
     for variable in supervisor.PORTS.values():
         monkeypatch.setenv(variable, str(free_port()))
