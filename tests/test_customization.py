@@ -47,7 +47,8 @@ MISTAKES = {
         "  owner: [team:shop]",
         4,
         "owner: unknown field; expected one of: name, description, owners, source, dataset, prompt, "
-        "base_models, adapter, evaluation, freshness, endpoint (did you mean 'owners'?)",
+        "base_models, adapter, evaluation, freshness, endpoint, traffic, feedback, drift, maintenance, "
+        "schedules (did you mean 'owners'?)",
     ),
     "unknown field of a source": (
         "    path: rows.jsonl",

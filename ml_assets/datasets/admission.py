@@ -19,9 +19,9 @@ Origin = Literal["source", "feedback", "champion"]
 
 CONTRADICTIONS, CONTRADICTING_SHARE = 5, 0.3
 """A key with so many rows, and such a share of its rows, against the source is not believed."""
-BASELINE = 0.2
-"""A small change of an input is taken for the same input where at most this share of the source's own rows
-changes its target with it."""
+BASELINE, RARE = 0.2, 0.01
+"""A small change of an input is taken for the same input where the source's own rows rarely change their
+target with it: at most this share of those that have such a neighbour, or of all."""
 SHORT = 256
 """Characters of an input up to which small changes are looked for; in longer ones shingles show them."""
 SAMPLE, CHUNK = 500, 2000
@@ -192,7 +192,8 @@ class _Known:
         """Whether the source's own rows mostly keep their target when their input changes that little."""
         near = self._near([self.inputs[n] for n in sample], change)
         known = [(self.targets[n], targets) for n, targets in zip(sample, near, strict=True) if targets]
-        return sum(target not in targets for target, targets in known) <= BASELINE * len(known)
+        against = sum(target not in targets for target, targets in known)
+        return against <= max(BASELINE * len(known), RARE * len(sample))
 
 
 _Change = Callable[[str], Iterable[str]]
@@ -208,7 +209,10 @@ def _one_word_less(text: str) -> Iterable[str]:
 
 
 def _one_character_less(text: str) -> Iterable[str]:
-    return (text[:i] + text[i + 1 :] for i in range(len(text))) if len(text) > 8 else ()
+    """Without one letter or space: another digit is another number, not a slip."""
+    if len(text) <= 8:
+        return ()
+    return (text[:i] + text[i + 1 :] for i, char in enumerate(text) if not char.isdigit())
 
 
 def _without_near(

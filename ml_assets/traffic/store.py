@@ -139,9 +139,8 @@ class TrafficLog:
             known = set(connection.scalars(sa.select(_requests.c.id).where(_requests.c.id.in_(ids))))
             new = list({record.id: record for record in records if record.id not in known}.values())
             if new:
-                rows = [dataclasses.asdict(record) for record in new]
-                for row in rows:
-                    del row["seq"]
+                names = [column.name for column in _requests.c if column.name != "seq"]
+                rows = [{name: getattr(record, name) for name in names} for record in new]
                 connection.execute(sa.insert(_requests), rows)
             for name in sorted({record.customization for record in new} | unlogged.keys()):
                 times = [record.at for record in new if record.customization == name]

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from feedback_floods import DISGUISES, Said, poison
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -17,7 +18,7 @@ from ml_assets.datasets.feedback import same_answer
 from ml_assets.datasets.snapshot import load_manifest, load_rows
 from ml_assets.settings import Settings
 from ml_assets.spec import CustomizationSpec
-from ml_assets.traffic.records import FeedbackRecord, Judged, TrafficRecord
+from ml_assets.traffic.records import Judged
 
 VERBS = ["switch", "turn", "put", "bring", "move", "lift", "set", "make", "hold", "keep"]
 THINGS = ["lamp", "door", "window", "curtain", "heater", "fan", "radio", "oven", "blind", "gate"]
@@ -48,26 +49,6 @@ def source_rows(count: int = 400) -> list[dict[str, str]]:
         text = f"{verb} the {thing} in the {place} {rng.choice(['now', 'please', 'at once', 'tonight'])}"
         rows[text] = {"text": text, "label": LABELS[VERBS.index(verb) % 4], "place": place, "kind": verb}
     return list(rows.values())
-
-
-class Said:
-    """Feedback as the traffic database would give it."""
-
-    def __init__(self) -> None:
-        self.judged: list[Judged] = []
-
-    def add(self, text: str, right: str | None, key: str = "key", answer: str = "?", **metadata: str) -> None:
-        seq = len(self.judged) + 1
-        request = TrafficRecord(
-            id=f"chatcmpl-{seq}", at="2026-11-26T00:00:00+00:00", customization="home", key_id=key,
-            adapter_digest="a", base_revision="b", messages=[{"role": "user", "content": text}],
-            answer=answer, status=200, finish_reason="stop", prompt_tokens=1, completion_tokens=1,
-            latency_ms=1.0, first_token_ms=1.0, mean_logprob=-0.1, metadata=metadata, seq=seq,
-        )  # fmt: skip
-        rating = None if right is not None else 1
-        self.judged.append(
-            Judged(request, FeedbackRecord(request.id, request.at, "home", key, rating, right, seq))
-        )
 
 
 @pytest.fixture
@@ -224,23 +205,6 @@ def test_no_key_gives_more_than_its_share(tmp_path: Path, store: ArtifactStore) 
 # -- floods --------------------------------------------------------------------------------------------
 
 
-def _typo(rng: random.Random, text: str) -> str:
-    at = rng.randrange(len(text))
-    return text[:at] + rng.choice("abcdefgh") + text[at + 1 :]
-
-
-DISGUISES = {
-    "same": lambda rng, text: text,
-    "mark": lambda rng, text: text + rng.choice(["!", "?", " .", "..."]),
-    "case": lambda rng, text: text.upper(),
-    "polite": lambda rng, text: f"{rng.choice(['please', 'kindly', 'hey'])} {text}",
-    "number": lambda rng, text: f"{text} {rng.randrange(1000)}",
-    "typo": _typo,
-    "without": lambda rng, text: text.replace(" the ", " ", 1),
-    "twice": lambda rng, text: f"{text} {text.split()[-1]}",
-}
-
-
 @pytest.mark.parametrize("disguise", [*DISGUISES, "mixed"])
 @pytest.mark.parametrize("others", [0, 5])
 def test_of_a_poisoned_flood_at_most_one_percent_trains(
@@ -252,14 +216,7 @@ def test_of_a_poisoned_flood_at_most_one_percent_trains(
     train = load_rows(store.open(plain.ref), "train")
     rng = random.Random(disguise)
     said = Said()
-    poison = set()
-    for n in range(1000):
-        row = train[n % len(train)]
-        wrong = rng.choice([label for label in LABELS if label != row["label"]])
-        kind = rng.choice(list(DISGUISES)) if disguise == "mixed" else disguise
-        text = DISGUISES[kind](rng, row["text"])
-        poison.add((text, wrong))
-        said.add(text, wrong, key="poisoner")
+    poisoned = poison(said, rng, [(row["text"], row["label"]) for row in train], LABELS, disguise)
     honest = []
     for key in range(others):
         for _ in range(100):
@@ -268,8 +225,10 @@ def test_of_a_poisoned_flood_at_most_one_percent_trains(
             said.add(words, rng.choice(LABELS), key=f"honest {key}")
     built = build(tmp_path, store, said, feedback=feedback)
     rows = rows_of(store, built)
-    reached = [row for row in rows if (row["text"], row["label"]) in poison]
+    reached = [row for row in rows if (row["text"], row["label"]) in poisoned]
     assert len(reached) <= 10, Counter(row["text"] for row in reached)
+    if not others:
+        assert built.ref == plain.ref, "the same dataset: nothing is trained, the champion stays"
     kept = {row["_row"] for row in rows}
     assert {row["_row"] for row in train} <= kept, "not a row of the source was lost to it"
     assert sum(row["text"] in set(honest) for row in rows) >= 0.4 * len(honest)
