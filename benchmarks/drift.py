@@ -96,7 +96,7 @@ def news() -> Corpus:
                 for sentence in re.split(r"(?<=[.!?])\s+|\n+", _decode(archive.read(name))):
                     if len(sentence.strip()) >= 25:
                         found.setdefault(sentence.strip(), topic)
-    sentences = sorted(found.items())
+    sentences = list(found.items())
     random.Random(0).shuffle(sentences)
     usual = [s for s in sentences if s[1] != "tech"][:22_000]
     topics = sorted({topic for _, topic in usual})

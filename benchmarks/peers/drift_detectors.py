@@ -41,7 +41,7 @@ def evidently(reference: Sequence[str], texts: Sequence[str], window: int) -> li
     """Evidently's drift of a text column (domain classifier), window after window."""
     import pandas
     from evidently import DataDefinition, Dataset, Report
-    from evidently.metrics import ValueDrift
+    from evidently.metrics import DriftedColumnsCount
 
     definition = DataDefinition(text_columns=["text"])
 
@@ -51,11 +51,9 @@ def evidently(reference: Sequence[str], texts: Sequence[str], window: int) -> li
     before = data(reference)
     alarms = []
     for end in range(window, len(texts) + 1, window):
-        found = Report([ValueDrift(column="text")]).run(data(texts[end - window : end]), before).dict()
-        config = found["metrics"][0]["config"]
-        value = float(found["metrics"][0]["value"])
-        threshold = config.get("threshold")
-        if value > (0.55 if threshold is None else float(threshold)):
+        report = Report([DriftedColumnsCount(columns=["text"])])
+        found = report.run(data(texts[end - window : end]), before).dict()
+        if found["metrics"][0]["value"]["count"]:
             alarms.append(end)
     return alarms
 
