@@ -246,16 +246,17 @@ def run_stream(name: str, seed: int, shift: Shift | None, length: int) -> Result
         "outputs_malformed": wrong_form,
     }
     begun = time.perf_counter()
-    blocks = length // BLOCK
-    for block in range(blocks):
+    done = 0
+    for block in range(length // BLOCK):
         part = slice(block * BLOCK, (block + 1) * BLOCK)
         seqs = list(range(part.start + 1, part.stop + 1))
         for each, detector in detectors.items():
             if not detector.alarm:
                 detector.block(columns[each][part], seqs, 1 + part.stop // A_DAY)
+        done = block + 1
         if shift is not None and any(d.alarm for d in detectors.values()):
             break
-    seconds = (time.perf_counter() - begun) / (block + 1)
+    seconds = (time.perf_counter() - begun) / max(1, done)
     return Result({name: detector.alarmed_at for name, detector in detectors.items()}, seconds)
 
 

@@ -24,7 +24,7 @@ def look(
 
 def river(how: str, known: Sequence[float], stream: Sequence[float]) -> list[int]:
     """Default settings; the detector has seen the reference first."""
-    from river import drift
+    from river import drift  # pyright: ignore[reportMissingImports]
 
     detector: Any = {"adwin": drift.ADWIN, "kswin": drift.KSWIN, "page_hinkley": drift.PageHinkley}[how]()
     for value in known:
@@ -40,8 +40,8 @@ def river(how: str, known: Sequence[float], stream: Sequence[float]) -> list[int
 def evidently(reference: Sequence[str], texts: Sequence[str], window: int) -> list[int]:
     """Evidently's drift of a text column (domain classifier), window after window."""
     import pandas
-    from evidently import DataDefinition, Dataset, Report
-    from evidently.metrics import DriftedColumnsCount
+    from evidently import DataDefinition, Dataset, Report  # pyright: ignore[reportMissingImports]
+    from evidently.metrics import DriftedColumnsCount  # pyright: ignore[reportMissingImports]
 
     definition = DataDefinition(text_columns=["text"])
 

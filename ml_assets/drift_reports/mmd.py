@@ -44,7 +44,8 @@ class Kernel:
     def features(self, rows: NDArray[np.float32]) -> NDArray[np.float32]:
         """(n, 2 FEATURES) of rows (n, d)."""
         angles = rows.astype(np.float32) @ self.frequencies
-        return np.concatenate([np.cos(angles), np.sin(angles)], axis=1) / np.float32(np.sqrt(FEATURES))
+        both = np.concatenate([np.cos(angles), np.sin(angles)], axis=1)
+        return (both / np.float32(np.sqrt(FEATURES))).astype(np.float32, copy=False)
 
 
 @dataclass(frozen=True)

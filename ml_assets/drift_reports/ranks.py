@@ -73,7 +73,9 @@ def cuts(scores: Floats, order: Floats, gaps: Integers) -> Floats:
     """(k - 1, 2): number and second number of the reference rows at which the line is cut."""
     ranks = np.cumsum(gaps)[:-1] - 1
     sorted_ = np.argsort(scores)
-    if (scores[sorted_[1:]] == scores[sorted_[:-1]]).any():  # else ten times faster without the second numbers
+    if (
+        scores[sorted_[1:]] == scores[sorted_[:-1]]
+    ).any():  # else ten times faster without the second numbers
         sorted_ = np.lexsort((order, scores))
     at = sorted_[ranks]
     return np.stack([scores[at], order[at]], axis=1)
