@@ -109,14 +109,14 @@ class Bets:
 
     def log_evidence(self, counts: NDArray[np.integer]) -> Floats:
         """(...,) log e-values of counts (..., k)."""
-        from scipy.special import logsumexp
-
         if self.log_odds is not None:
             bets = counts @ self.log_odds.T
         else:
             shares = self.gaps / self.gaps.sum()
             bets = np.stack([log_urn(counts, c * shares) for c in CONCENTRATIONS], axis=-1)  # type: ignore[arg-type]
-        return logsumexp(bets, axis=-1) - np.log(bets.shape[-1]) - log_urn(counts, self.gaps)
+        most = bets.max(axis=-1)
+        mean = np.exp(bets - most[..., None]).mean(axis=-1)
+        return most + np.log(mean) - log_urn(counts, self.gaps)
 
 
 def _higher(gaps: Integers) -> Floats:
