@@ -59,7 +59,7 @@ def hashing() -> Embed:
     options: dict[str, Any] = {"n_features": 2**16, "alternate_sign": True, "norm": "l2"}
     words = HashingVectorizer(ngram_range=(1, 2), token_pattern=r"(?u)\b\w+\b", **options)
     characters = HashingVectorizer(analyzer="char_wb", ngram_range=(3, 3), **options)
-    projection = SparseRandomProjection(DIMENSIONS, random_state=0, dense_output=True)
+    projection = SparseRandomProjection(n_components=DIMENSIONS, random_state=0, dense_output=True)  # type: ignore[arg-type]
     projection.fit(np.zeros((1, 2**17)))
 
     def embed(texts: Sequence[str]) -> Vectors:

@@ -44,7 +44,8 @@ class Kernel:
     def features(self, rows: NDArray[np.float32]) -> NDArray[np.float32]:
         """(n, 2 FEATURES) of rows (n, d)."""
         angles = rows.astype(np.float32) @ self.frequencies
-        return np.concatenate([np.cos(angles), np.sin(angles)], axis=1) / np.float32(np.sqrt(FEATURES))
+        both = np.concatenate([np.cos(angles), np.sin(angles)], axis=1)
+        return (both / np.float32(np.sqrt(FEATURES))).astype(np.float32, copy=False)
 
 
 @dataclass(frozen=True)
@@ -57,10 +58,10 @@ class Tails:
 
     def log_p(self, index: int, distance: float) -> float:
         """Log-probability of a distance at least this large in a window without a change."""
-        from scipy import stats
+        from scipy.special import gammaincc
 
         shape, scale, start, share, excess = self.values[index]
-        gamma = float(stats.gamma.logsf(distance, shape, scale=scale))
+        gamma = float(np.log(max(gammaincc(shape, distance / scale), 1e-300)))
         tail = float(np.log(share) - (distance - start) / excess) if distance > start else 0.0
         return max(gamma, min(tail, 0.0)) if distance > start else gamma
 

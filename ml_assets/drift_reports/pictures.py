@@ -21,7 +21,8 @@ COLORS = {
     "outcome_feedback": "#b45309",
     "outcome_estimated": "#ca8a04",
 }
-LOWEST = 1e-3
+LOWEST, HIGHEST = 1e-3, 1e9
+"""Evidence beyond which a picture is cut, so that the limit can be seen."""
 MOST_LABELS = 16
 POINTS = 600
 
@@ -50,7 +51,7 @@ def evidence(trails: Mapping[str, Sequence[tuple[float, float]]], threshold: flo
         some = trail[:: max(1, len(trail) // POINTS)]
         if len(trail) and some[-1] != trail[-1]:
             some = [*some, trail[-1]]
-        points = [(seq, math.exp(min(max(log, math.log(LOWEST)), 300))) for seq, log in some]
+        points = [(seq, math.exp(min(max(log, math.log(LOWEST)), math.log(HIGHEST)))) for seq, log in some]
         if points:
             drawn = True
             axes.plot(
@@ -65,7 +66,7 @@ def evidence(trails: Mapping[str, Sequence[tuple[float, float]]], threshold: flo
     axes.axhline(threshold, color="#1c1917", linewidth=1, linestyle="--")
     axes.text(0.005, threshold * 1.3, "alarm", transform=axes.get_yaxis_transform(), fontsize=8.5)
     axes.set_yscale("log")
-    axes.set_ylim(LOWEST, None)
+    axes.set_ylim(LOWEST, 2 * HIGHEST)
     axes.set(xlabel="request", ylabel="evidence")
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)

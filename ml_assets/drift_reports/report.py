@@ -25,7 +25,9 @@ def headline(findings: DriftFindings) -> str:
     loss, outcome = findings.outcome.loss, findings.outcome
     how = "measured" if outcome.accuracy is not None and outcome.labelled else "estimated"
     harm = (
-        "" if loss is None else f" Accuracy is {abs(loss):.1%} {'lower' if loss >= 0 else 'higher'} ({how})."
+        ""
+        if loss is None
+        else f" Accuracy is {100 * abs(loss):.1f} points {'lower' if loss >= 0 else 'higher'} ({how})."
     )
     return f"{count}: in alarm {', '.join(alarms)}.{harm}"
 

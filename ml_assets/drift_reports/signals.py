@@ -33,6 +33,8 @@ NAMES: dict[str, Group] = {
 SHOWN = 8
 FEW_LABELS = 20
 """Right answers from users below which the loss is estimated."""
+CALIBRATED = 50
+"""Rows with confidence and right answer from which confidence can be read."""
 NOW = 200
 """Newest requests that an effect is measured on."""
 
@@ -200,7 +202,7 @@ def estimated_accuracy(watch: Watch) -> float | None:
     x = [*confidence[known], *(e.confidence for e in p.labels if e.confidence is not None)]
     y = [*(1 - wrong[known]), *(float(e.right) for e in p.labels if e.confidence is not None)]
     now = [r.confidence for r in p.recent[-NOW:] if r.confidence is not None]
-    if len(x) < FEW_LABELS or not now:
+    if len(x) < CALIBRATED or not now:
         return None
     from sklearn.isotonic import IsotonicRegression
 

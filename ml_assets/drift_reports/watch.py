@@ -366,7 +366,8 @@ def _detectors(reference: Reference, days: float) -> dict[str, Detector]:
     if reference.about["refusal"]:
         score("outputs_refusals", arrays["refused"], above, "higher")
     score("outcome_feedback", arrays["wrong"], above, "higher")
-    known = arrays["confidence"][~np.isnan(arrays["confidence"])]  # type: ignore[arg-type]
+    known = arrays["confidence"].astype(float)
+    known = known[~np.isnan(known)]
     if len(known) >= FEWEST_ANSWERS:
         score("outcome_estimated", -known, ranks.gaps_above(len(known)), "higher")
     return found
