@@ -244,6 +244,7 @@ class Customization(dg.Component):
 
     @classmethod
     def load(cls, attributes: BaseModel | None, context: dg.ComponentLoadContext) -> "Customization":
+        _declare_once(context.component_tree)
         return cls(*_read(CustomizationSpec, attributes, context))
 
     def build_defs(self, context: dg.ComponentLoadContext) -> dg.Definitions:
@@ -363,6 +364,20 @@ class _Project:
     @property
     def has_jobs(self) -> bool:
         return len(self.customizations) <= JOBS_FOR
+
+
+_declared: dg.ComponentTree | None = None
+
+
+def _declare_once(tree: dg.ComponentTree) -> None:
+    """Tell the tree where each of its components is declared. It would find out by itself, by a walk through
+    all of them for each: with a thousand files, that takes a quarter of the time to load."""
+    global _declared
+    if _declared is not tree:
+        _declared = tree
+        for location, declaration in tree.find_root_decl().iterate_loc_component_decl_pairs():
+            if tree.state_tracker.get_cache_data(location).component_decl is None:
+                tree.state_tracker.set_cache_data(location, component_decl=declaration)
 
 
 # of the project that is being loaded: each lookup visits all of its files

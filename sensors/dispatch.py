@@ -7,7 +7,7 @@ its own.
 """
 
 import datetime
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import dagster as dg
@@ -22,6 +22,7 @@ from ml_assets.decisions.tags import ACTION_TAG, CUSTOMIZATION_TAG, DECISION_TAG
 from ml_assets.endpoints.ledger import Ledger, Release, now
 from ml_assets.settings import Settings
 from ml_assets.spec import CustomizationSpec
+from sensors.targets import Targets, changes
 
 RUNS_PER_TICK = 25
 """A tick that finds more leaves them to the next: creating a run takes Dagster a moment."""
@@ -45,6 +46,7 @@ def dispatch(
     instance: dg.DagsterInstance,
     ledger: Ledger,
     specs: Mapping[str, CustomizationSpec],
+    targets: Targets,
     actions: Sequence[Action],
     serving: Mapping[str, Release],
     retry_after: Mapping[int, datetime.timedelta] = RETRY_AFTER,
@@ -58,7 +60,7 @@ def dispatch(
         if all(record.dagster_run.status == NOT_STARTED for record in records):
             # claimed, and its run was never submitted: the daemon or the tick died in between
             if claim.customization in specs:
-                done.requests.append(run_request(claim.decision))
+                done.requests.append(run_request(claim.decision, targets))
                 done.lines.append(f"{claim.customization}: {claim.decision.action} is requested again")
             else:
                 book.step(claim.decision.id, "dropped", "the customization is not declared any more")
@@ -87,7 +89,7 @@ def dispatch(
             policy = Policy.of(specs[name], settings)
             refused = book.claim(decision, policy.own, policy.fleet, policy.price)
             if refused is None:
-                done.requests.append(run_request(decision))
+                done.requests.append(run_request(decision, targets))
             else:
                 done.lines.append(f"{name}: {decision.action} waits or is closed: {refused}")
                 if refused.startswith("the budget"):
@@ -95,27 +97,25 @@ def dispatch(
     return done
 
 
-def run_request(decision: Decision) -> dg.RunRequest:
+def run_request(decision: Decision, targets: Targets) -> dg.RunRequest:
     """The run of a decision. Its key is made of evidence, dataset, policy and attempt."""
-    name = decision.customization
-    tags = {DECISION_TAG: decision.id, CUSTOMIZATION_TAG: name, ACTION_TAG: decision.action}
-    job, assets, partition, config = f"{name}__main", None, decision.base_revision, None
+    kind, assets, partition, config = "main", (), decision.base_revision, None
     match decision.action:
         case "extend_dataset":
-            assets, partition = [dg.AssetKey([name, "dataset"])], None
+            assets, partition = ("dataset",), None
         case "release":
-            assets = [dg.AssetKey([name, "eval_report"]), dg.AssetKey([name, "endpoint"])]
+            assets = ("eval_report", "endpoint")
         case "incremental_update" | "full_retrain":
-            job = f"{name}__update"
             mode = "incremental" if decision.action == "incremental_update" else "full"
-            config = update_config(name, mode)
-    return dg.RunRequest(
-        run_key=decision.key,
-        job_name=job,
+            kind, config = "update", update_config(decision.customization, mode)
+    return targets.request(
+        decision.customization,
+        kind,
+        decision.key,
+        assets,
         partition_key=partition,
-        asset_selection=assets,
         run_config=config,
-        tags=tags,
+        tags={DECISION_TAG: decision.id, ACTION_TAG: decision.action},
     )
 
 
@@ -134,21 +134,18 @@ def runs_of(instance: dg.DagsterInstance, decisions: Sequence[str]) -> dict[str,
 
 
 def running(
-    instance: dg.DagsterInstance, customizations: Sequence[str], suffixes: Sequence[str] = ("main", "update")
+    instance: dg.DagsterInstance,
+    customizations: Sequence[str],
+    wanted: Callable[[dg.DagsterRun], bool] = changes,
 ) -> dict[str, str]:
-    """{customization: run id} of the runs that change one, by whomever they were started. One query."""
+    """{customization: run id} of the runs under way, by whomever they were started. One query."""
     if not customizations:
         return {}
     names = sorted(set(customizations))
-    unfinished = [
-        status for status in dg.DagsterRunStatus if status not in FINISHED and status != NOT_STARTED
-    ]
-    runs = instance.get_run_records(dg.RunsFilter(statuses=unfinished, tags={CUSTOMIZATION_TAG: names}))
-    return {
-        run.tags[CUSTOMIZATION_TAG]: run.run_id
-        for run in (record.dagster_run for record in runs)
-        if run.job_name.rpartition("__")[2] in suffixes
-    }
+    unfinished = [status for status in dg.DagsterRunStatus if status not in (*FINISHED, NOT_STARTED)]
+    records = instance.get_run_records(dg.RunsFilter(statuses=unfinished, tags={CUSTOMIZATION_TAG: names}))
+    runs = [record.dagster_run for record in records]
+    return {run.tags[CUSTOMIZATION_TAG]: run.run_id for run in runs if wanted(run)}
 
 
 FINISHED = (dg.DagsterRunStatus.SUCCESS, dg.DagsterRunStatus.FAILURE, dg.DagsterRunStatus.CANCELED)

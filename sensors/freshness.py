@@ -4,20 +4,18 @@ import json
 from collections.abc import Collection, Mapping, Sequence
 
 import dagster as dg
-from dagster._core.definitions.unresolved_asset_job_definition import UnresolvedAssetJobDefinition
 
 from ml_assets.decisions.book import DecisionBook
 from ml_assets.decisions.diagnosis import Policy, predict
 from ml_assets.decisions.records import NOTHING, Alert, Decision, Note
 from ml_assets.decisions.staleness import Stale, find_stale, observe_due, to_decision
-from ml_assets.decisions.tags import CUSTOMIZATION_TAG
 from ml_assets.endpoints.ledger import Ledger, Release, now
 from ml_assets.settings import Settings
 from ml_assets.spec import CustomizationSpec
 from resources.ledger import LedgerResource
 from sensors.dispatch import RUNS_PER_TICK, dispatch, listing, running, tick_result
+from sensors.targets import Job, Targets
 
-Job = dg.JobDefinition | UnresolvedAssetJobDefinition
 NEW_PER_TICK = 100
 """Decisions that a tick makes; each reads what trainings of its customization cost."""
 
@@ -26,11 +24,11 @@ def build_stale_data_sensor(
     specs: Sequence[CustomizationSpec], jobs: Sequence[Job], interval: int = 60, **limits: object
 ) -> dg.SensorDefinition:
     """The sensor over all customizations: looks at sources, refreshes, rebuilds, releases."""
-    by_name = {spec.name: spec for spec in specs}
+    by_name, targets = {spec.name: spec for spec in specs}, Targets(jobs)
 
     @dg.sensor(
         name="stale_data",
-        jobs=jobs,
+        **targets.options(),
         minimum_interval_seconds=interval,
         default_status=dg.DefaultSensorStatus.RUNNING,
         description="Three ways to be behind, three actions: a source that has other rows is followed by the "
@@ -50,6 +48,7 @@ def build_stale_data_sensor(
                 context.instance,
                 opened,
                 by_name,
+                targets,
                 ("refresh_source", "extend_dataset", "release"),
                 serving,
                 **limits,  # type: ignore[arg-type]
@@ -62,11 +61,8 @@ def build_stale_data_sensor(
         ]
         room = max(0, RUNS_PER_TICK - len(done.requests))
         observe = [
-            dg.RunRequest(
-                run_key=f"{name}:observe:{due}",  # once in an interval, whatever becomes of it
-                job_name=f"{name}__observe",
-                tags={CUSTOMIZATION_TAG: name},
-            )
+            # once in an interval, whatever becomes of it
+            targets.request(name, "observe", f"{name}:observe:{due}")
             for name, due in looks[:room]
         ]
         lines = [*done.lines]
