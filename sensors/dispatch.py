@@ -16,7 +16,7 @@ from dagster._core.storage.tags import AUTO_RETRY_RUN_ID_TAG, WILL_RETRY_TAG
 from ml_assets.base_models.partitions import BASE_MODELS
 from ml_assets.decisions.asset import asset_url
 from ml_assets.decisions.book import DecisionBook
-from ml_assets.decisions.diagnosis import Policy, again, escalated, predict
+from ml_assets.decisions.diagnosis import Policies, Policy, again, escalated, predict
 from ml_assets.decisions.records import Action, Alert, Decision
 from ml_assets.decisions.tags import ACTION_TAG, CUSTOMIZATION_TAG, DECISION_TAG
 from ml_assets.endpoints.ledger import Ledger, Release, now
@@ -46,6 +46,7 @@ def dispatch(
     instance: dg.DagsterInstance,
     ledger: Ledger,
     specs: Mapping[str, CustomizationSpec],
+    policies: Policies,
     targets: Targets,
     actions: Sequence[Action],
     serving: Mapping[str, Release],
@@ -78,7 +79,7 @@ def dispatch(
         if len(done.requests) >= RUNS_PER_TICK:
             done.lines.append("more at the next tick")
             break
-        if reason := _outdated(decision, specs, serving.get(name), revisions, settings):
+        if reason := _outdated(decision, specs, serving.get(name), revisions, policies, settings):
             book.step(decision.id, "dropped", reason)
             done.lines.append(f"{name}: {decision.action} is dropped: {reason}")
         elif (wait := retry_after.get(decision.attempt)) and _since(decision.at) < wait:
@@ -86,7 +87,7 @@ def dispatch(
         elif name in hand_made:
             done.lines.append(f"{name}: {decision.action} waits for run {hand_made[name][:8]}")
         else:
-            policy = Policy.of(specs[name], settings)
+            policy = policies.of(name, settings)
             refused = book.claim(decision, policy.own, policy.fleet, policy.price)
             if refused is None:
                 done.requests.append(run_request(decision, targets))
@@ -222,13 +223,13 @@ def _outdated(
     specs: Mapping[str, CustomizationSpec],
     release: Release | None,
     revisions: set[str],
+    policies: Policies,
     settings: Settings,
 ) -> str | None:
     """Why a decision that was not begun does not hold any more."""
-    spec = specs.get(decision.customization)
-    if spec is None:
+    if decision.customization not in specs:
         return "the customization is not declared any more"
-    if decision.policy != Policy.of(spec, settings).version:
+    if decision.policy != policies.of(decision.customization, settings).version:
         return "the policy changed; the next look decides again"
     serves = release.adapter_digest if release else ""
     if decision.adapter_digest != serves:

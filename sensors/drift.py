@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 import dagster as dg
 
 from ml_assets.decisions.book import DecisionBook
+from ml_assets.decisions.diagnosis import Policies
 from ml_assets.decisions.records import MAX_ATTEMPTS, Note
 from ml_assets.decisions.tags import CUSTOMIZATION_TAG
 from ml_assets.endpoints.ledger import Release
@@ -33,7 +34,7 @@ def build_drift_sensor(
 ) -> dg.SensorDefinition:
     """The sensor over all customizations: one query to the traffic database, one to the book, two to Dagster,
     however many there are."""
-    by_name, targets = {spec.name: spec for spec in specs}, Targets(jobs)
+    by_name, targets, policies = {spec.name: spec for spec in specs}, Targets(jobs), Policies(specs)
 
     @dg.sensor(
         name="drift",
@@ -52,7 +53,8 @@ def build_drift_sensor(
         with ledger.opened() as opened:
             notes, serving = DecisionBook(opened).notes(), opened.current_all()
             actions = ("incremental_update", "full_retrain")
-            done = dispatch(context.instance, opened, by_name, targets, actions, serving, **limits)  # type: ignore[arg-type]
+            fleet = (by_name, policies, targets)
+            done = dispatch(context.instance, opened, *fleet, actions, serving, **limits)  # type: ignore[arg-type]
         asked = {name: Asked(**values) for name, values in json.loads(context.cursor or "{}").items()}
         due = find_due(by_name, heads, notes, serving)
         room = max(0, RUNS_PER_TICK - len(done.requests))

@@ -1,5 +1,6 @@
 """What the sensors run: the jobs of a customization, or in a large fleet its assets without a job."""
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -28,7 +29,11 @@ class Targets:
 
     def options(self) -> dict[str, Any]:
         """For the decorator of the sensor."""
-        return {"jobs": self.jobs} if self.jobs else {"asset_selection": dg.AssetSelection.all()}
+        if self.jobs:
+            return {"jobs": self.jobs}
+        with warnings.catch_warnings():  # in beta: sources and traffic are observed, not made
+            warnings.simplefilter("ignore", dg.BetaWarning)
+            return {"asset_selection": dg.AssetSelection.all(include_sources=True)}
 
     def request(
         self, name: str, kind: str, run_key: str, assets: Sequence[str] = (), **options: Any
