@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import dagster as dg
 import yaml
@@ -400,7 +400,7 @@ def _linked(asset: dg.AssetsDefinition) -> dg.AssetsDefinition:
     """The asset with a link to its code. `dg.with_source_code_references` gives the same, and reads the whole
     source of every function for it."""
     function = asset.op.compute_fn
-    code = getattr(function, "decorated_fn", function).__code__
+    code = cast(Any, getattr(function, "decorated_fn", function)).__code__
     link = dg.LocalFileCodeReference(file_path=code.co_filename, line_number=code.co_firstlineno)
     references = {"dagster/code_references": dg.CodeReferencesMetadataValue(code_references=[link])}
     return asset.map_asset_specs(lambda spec: spec.merge_attributes(metadata=references))

@@ -71,7 +71,8 @@ def _build(project: Path) -> dg.Definitions:
         # one process for each run: heavy imports and the base model are loaded once, not for every step
         executor=dg.in_process_executor,
     )
-    return dg.Definitions.merge(folder, deployment, *([_fleet(specs, folder.jobs or [])] if specs else []))
+    fleet = [_fleet(specs, list(folder.jobs or []))] if specs else []
+    return dg.Definitions.merge(folder, deployment, *fleet)
 
 
 def _fleet(specs: Sequence[CustomizationSpec], jobs: Sequence[Any]) -> dg.Definitions:

@@ -145,7 +145,7 @@ def _record(
 def _dataset(notes: Mapping[str, Note], stale: Stale) -> str:
     """Digest of the dataset that a decision is about. One that follows a candidate keeps its dataset, so that
     a run that built another and then failed does not make it a new decision."""
-    subject = {"release": "accepted", "refresh_source": "candidate"}.get(stale.action)
+    subject = {"release": "accepted", "refresh_source": "candidate"}.get(stale.action, "")
     if subject in notes:
         return str(notes[subject].value["dataset"])
     return str(notes["dataset"].value["digest"]) if "dataset" in notes else ""

@@ -225,7 +225,9 @@ def decide(evidence: Evidence, policy: Policy) -> Decision:
     the decision is to watch, and says why.
     """
     found = diagnose(evidence.findings, policy)
-    verdicts = {action: CHECKS[action](evidence, policy, found) for action in LADDER}
+    verdicts: dict[Action, tuple[bool, str]] = {
+        action: CHECKS[action](evidence, policy, found) for action in LADDER
+    }
     sufficient = [action for action in LADDER if verdicts[action][0]]
     chosen: Action = sufficient[0] if sufficient else "watch"
     rejected = [
