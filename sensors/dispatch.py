@@ -7,7 +7,7 @@ its own.
 """
 
 import datetime
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import dagster as dg
@@ -16,12 +16,13 @@ from dagster._core.storage.tags import AUTO_RETRY_RUN_ID_TAG, WILL_RETRY_TAG
 from ml_assets.base_models.partitions import BASE_MODELS
 from ml_assets.decisions.asset import asset_url
 from ml_assets.decisions.book import DecisionBook
-from ml_assets.decisions.diagnosis import Policy, again, escalated, predict
+from ml_assets.decisions.diagnosis import Policies, Policy, again, escalated, predict
 from ml_assets.decisions.records import Action, Alert, Decision
 from ml_assets.decisions.tags import ACTION_TAG, CUSTOMIZATION_TAG, DECISION_TAG
 from ml_assets.endpoints.ledger import Ledger, Release, now
 from ml_assets.settings import Settings
 from ml_assets.spec import CustomizationSpec
+from sensors.targets import Targets, changes
 
 RUNS_PER_TICK = 25
 """A tick that finds more leaves them to the next: creating a run takes Dagster a moment."""
@@ -45,6 +46,8 @@ def dispatch(
     instance: dg.DagsterInstance,
     ledger: Ledger,
     specs: Mapping[str, CustomizationSpec],
+    policies: Policies,
+    targets: Targets,
     actions: Sequence[Action],
     serving: Mapping[str, Release],
     retry_after: Mapping[int, datetime.timedelta] = RETRY_AFTER,
@@ -58,7 +61,7 @@ def dispatch(
         if all(record.dagster_run.status == NOT_STARTED for record in records):
             # claimed, and its run was never submitted: the daemon or the tick died in between
             if claim.customization in specs:
-                done.requests.append(run_request(claim.decision))
+                done.requests.append(run_request(claim.decision, targets))
                 done.lines.append(f"{claim.customization}: {claim.decision.action} is requested again")
             else:
                 book.step(claim.decision.id, "dropped", "the customization is not declared any more")
@@ -76,7 +79,7 @@ def dispatch(
         if len(done.requests) >= RUNS_PER_TICK:
             done.lines.append("more at the next tick")
             break
-        if reason := _outdated(decision, specs, serving.get(name), revisions, settings):
+        if reason := _outdated(decision, specs, serving.get(name), revisions, policies, settings):
             book.step(decision.id, "dropped", reason)
             done.lines.append(f"{name}: {decision.action} is dropped: {reason}")
         elif (wait := retry_after.get(decision.attempt)) and _since(decision.at) < wait:
@@ -84,10 +87,10 @@ def dispatch(
         elif name in hand_made:
             done.lines.append(f"{name}: {decision.action} waits for run {hand_made[name][:8]}")
         else:
-            policy = Policy.of(specs[name], settings)
+            policy = policies.of(name, settings)
             refused = book.claim(decision, policy.own, policy.fleet, policy.price)
             if refused is None:
-                done.requests.append(run_request(decision))
+                done.requests.append(run_request(decision, targets))
             else:
                 done.lines.append(f"{name}: {decision.action} waits or is closed: {refused}")
                 if refused.startswith("the budget"):
@@ -95,27 +98,25 @@ def dispatch(
     return done
 
 
-def run_request(decision: Decision) -> dg.RunRequest:
+def run_request(decision: Decision, targets: Targets) -> dg.RunRequest:
     """The run of a decision. Its key is made of evidence, dataset, policy and attempt."""
-    name = decision.customization
-    tags = {DECISION_TAG: decision.id, CUSTOMIZATION_TAG: name, ACTION_TAG: decision.action}
-    job, assets, partition, config = f"{name}__main", None, decision.base_revision, None
+    kind, assets, partition, config = "main", (), decision.base_revision, None
     match decision.action:
         case "extend_dataset":
-            assets, partition = [dg.AssetKey([name, "dataset"])], None
+            assets, partition = ("dataset",), None
         case "release":
-            assets = [dg.AssetKey([name, "eval_report"]), dg.AssetKey([name, "endpoint"])]
+            assets = ("eval_report", "endpoint")
         case "incremental_update" | "full_retrain":
-            job = f"{name}__update"
             mode = "incremental" if decision.action == "incremental_update" else "full"
-            config = update_config(name, mode)
-    return dg.RunRequest(
-        run_key=decision.key,
-        job_name=job,
+            kind, config = "update", update_config(decision.customization, mode)
+    return targets.request(
+        decision.customization,
+        kind,
+        decision.key,
+        assets,
         partition_key=partition,
-        asset_selection=assets,
         run_config=config,
-        tags=tags,
+        tags={DECISION_TAG: decision.id, ACTION_TAG: decision.action},
     )
 
 
@@ -134,21 +135,18 @@ def runs_of(instance: dg.DagsterInstance, decisions: Sequence[str]) -> dict[str,
 
 
 def running(
-    instance: dg.DagsterInstance, customizations: Sequence[str], suffixes: Sequence[str] = ("main", "update")
+    instance: dg.DagsterInstance,
+    customizations: Sequence[str],
+    wanted: Callable[[dg.DagsterRun], bool] = changes,
 ) -> dict[str, str]:
-    """{customization: run id} of the runs that change one, by whomever they were started. One query."""
+    """{customization: run id} of the runs under way, by whomever they were started. One query."""
     if not customizations:
         return {}
     names = sorted(set(customizations))
-    unfinished = [
-        status for status in dg.DagsterRunStatus if status not in FINISHED and status != NOT_STARTED
-    ]
-    runs = instance.get_run_records(dg.RunsFilter(statuses=unfinished, tags={CUSTOMIZATION_TAG: names}))
-    return {
-        run.tags[CUSTOMIZATION_TAG]: run.run_id
-        for run in (record.dagster_run for record in runs)
-        if run.job_name.rpartition("__")[2] in suffixes
-    }
+    unfinished = [status for status in dg.DagsterRunStatus if status not in (*FINISHED, NOT_STARTED)]
+    records = instance.get_run_records(dg.RunsFilter(statuses=unfinished, tags={CUSTOMIZATION_TAG: names}))
+    runs = [record.dagster_run for record in records]
+    return {run.tags[CUSTOMIZATION_TAG]: run.run_id for run in runs if wanted(run)}
 
 
 FINISHED = (dg.DagsterRunStatus.SUCCESS, dg.DagsterRunStatus.FAILURE, dg.DagsterRunStatus.CANCELED)
@@ -225,13 +223,13 @@ def _outdated(
     specs: Mapping[str, CustomizationSpec],
     release: Release | None,
     revisions: set[str],
+    policies: Policies,
     settings: Settings,
 ) -> str | None:
     """Why a decision that was not begun does not hold any more."""
-    spec = specs.get(decision.customization)
-    if spec is None:
+    if decision.customization not in specs:
         return "the customization is not declared any more"
-    if decision.policy != Policy.of(spec, settings).version:
+    if decision.policy != policies.of(decision.customization, settings).version:
         return "the policy changed; the next look decides again"
     serves = release.adapter_digest if release else ""
     if decision.adapter_digest != serves:

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 import dagster as dg
 
 from ml_assets.decisions.book import DecisionBook
+from ml_assets.decisions.diagnosis import Policies
 from ml_assets.decisions.records import MAX_ATTEMPTS, Note
 from ml_assets.decisions.tags import CUSTOMIZATION_TAG
 from ml_assets.endpoints.ledger import Release
@@ -15,7 +16,8 @@ from ml_assets.traffic.store import Head
 from resources.ledger import LedgerResource
 from resources.traffic_log import TrafficLogResource
 from sensors.dispatch import RUNS_PER_TICK, dispatch, listing, running, tick_result
-from sensors.freshness import Job
+from sensors.targets import Job, Targets
+from sensors.targets import looks as is_look
 
 
 @dataclass(frozen=True)
@@ -32,11 +34,11 @@ def build_drift_sensor(
 ) -> dg.SensorDefinition:
     """The sensor over all customizations: one query to the traffic database, one to the book, two to Dagster,
     however many there are."""
-    by_name = {spec.name: spec for spec in specs}
+    by_name, targets, policies = {spec.name: spec for spec in specs}, Targets(jobs), Policies(specs)
 
     @dg.sensor(
         name="drift",
-        jobs=jobs,
+        **targets.options(),
         minimum_interval_seconds=interval,
         default_status=dg.DefaultSensorStatus.RUNNING,
         description="Starts `<name>__look` (drift report and decision) after every `drift.every` requests, "
@@ -51,11 +53,12 @@ def build_drift_sensor(
         with ledger.opened() as opened:
             notes, serving = DecisionBook(opened).notes(), opened.current_all()
             actions = ("incremental_update", "full_retrain")
-            done = dispatch(context.instance, opened, by_name, actions, serving, **limits)  # type: ignore[arg-type]
+            fleet = (by_name, policies, targets)
+            done = dispatch(context.instance, opened, *fleet, actions, serving, **limits)  # type: ignore[arg-type]
         asked = {name: Asked(**values) for name, values in json.loads(context.cursor or "{}").items()}
         due = find_due(by_name, heads, notes, serving)
         room = max(0, RUNS_PER_TICK - len(done.requests))
-        busy = running(context.instance, due[:room], ("look",))
+        busy = running(context.instance, due[:room], is_look)
         looks, lines = [], [*done.lines]
         for name in due[:room]:
             if name in busy:
@@ -66,13 +69,8 @@ def build_drift_sensor(
                 lines.append(f"{name}: {this}")
                 continue
             asked[name] = this
-            looks.append(
-                dg.RunRequest(
-                    run_key=f"{name}:look:{serving[name].adapter_digest[:12]}:{this.looked}:{this.attempt}",
-                    job_name=f"{name}__look",
-                    tags={CUSTOMIZATION_TAG: name},
-                )
-            )
+            key = f"{name}:look:{serving[name].adapter_digest[:12]}:{this.looked}:{this.attempt}"
+            looks.append(targets.request(name, "look", key))
         if looks:
             names = [str(look.tags[CUSTOMIZATION_TAG]) for look in looks]
             lines.append(f"enough new requests to look at {listing(names)}")

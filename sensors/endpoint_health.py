@@ -13,7 +13,7 @@ from ml_assets.artifacts import ArtifactError, ArtifactStore
 from ml_assets.cli.supervisor import ask_for_restart
 from ml_assets.decisions.book import DecisionBook
 from ml_assets.decisions.records import Alert
-from ml_assets.decisions.tags import ACTION_TAG, CUSTOMIZATION_TAG
+from ml_assets.decisions.tags import ACTION_TAG
 from ml_assets.endpoints.gateway.client import GatewayClient, GatewayError
 from ml_assets.endpoints.ledger import Release, now
 from ml_assets.endpoints.release import read_fingerprint
@@ -23,7 +23,7 @@ from resources.artifact_store import ArtifactStoreResource
 from resources.gateway import GatewayResource
 from resources.ledger import LedgerResource
 from sensors.dispatch import RUNS_PER_TICK, listing, running, tick_result
-from sensors.freshness import Job
+from sensors.targets import Job, Targets
 
 PROBES_PER_TICK = 3
 PROBE_SECONDS = 15.0
@@ -38,11 +38,11 @@ def build_endpoint_health_sensor(
     specs: Sequence[CustomizationSpec], jobs: Sequence[Job], down_seconds: float = DOWN_SECONDS
 ) -> dg.SensorDefinition:
     """The sensor over all endpoints: one request for the health of all, and a few fingerprints in turns."""
-    by_name = {spec.name: spec for spec in specs}
+    by_name, targets = {spec.name: spec for spec in specs}, Targets(jobs)
 
     @dg.sensor(
         name="endpoint_health",
-        jobs=jobs,
+        **targets.options(),
         minimum_interval_seconds=30,
         default_status=dg.DefaultSensorStatus.RUNNING,
         description="Compares what the gateway serves with the ledger, and asks a few adapters at each tick "
@@ -91,14 +91,8 @@ def build_endpoint_health_sensor(
                 elif len(requests) < RUNS_PER_TICK:
                     lines.append(f"{name}: {reason}")
                     key = f"{name}:health:{serving[name].adapter_digest[:12]}:{serving[name].id}:{bucket}"
-                    requests.append(
-                        dg.RunRequest(
-                            run_key=key,
-                            job_name=f"{name}__main",
-                            asset_selection=[dg.AssetKey([name, "endpoint"])],
-                            tags={CUSTOMIZATION_TAG: name, ACTION_TAG: "serve_again"},
-                        )
-                    )
+                    tags = {ACTION_TAG: "serve_again"}
+                    requests.append(targets.request(name, "main", key, ("endpoint",), tags=tags))
         if not away and not wrong:
             lines.append(f"the gateway serves all {len(serving)} as the ledger says")
         return tick_result(context, requests, lines, json.dumps(cursor))

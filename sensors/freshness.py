@@ -2,23 +2,22 @@
 
 import json
 from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 import dagster as dg
-from dagster._core.definitions.unresolved_asset_job_definition import UnresolvedAssetJobDefinition
 
 from ml_assets.decisions.book import DecisionBook
-from ml_assets.decisions.diagnosis import Policy, predict
+from ml_assets.decisions.diagnosis import Policies, predict
 from ml_assets.decisions.records import NOTHING, Alert, Decision, Note
 from ml_assets.decisions.staleness import Stale, find_stale, observe_due, to_decision
-from ml_assets.decisions.tags import CUSTOMIZATION_TAG
-from ml_assets.endpoints.ledger import Ledger, Release, now
+from ml_assets.endpoints.ledger import Release, now
 from ml_assets.settings import Settings
 from ml_assets.spec import CustomizationSpec
 from resources.ledger import LedgerResource
 from sensors.dispatch import RUNS_PER_TICK, dispatch, listing, running, tick_result
+from sensors.targets import Job, Targets
 
-Job = dg.JobDefinition | UnresolvedAssetJobDefinition
-NEW_PER_TICK = 100
+NEW_PER_TICK = 50
 """Decisions that a tick makes; each reads what trainings of its customization cost."""
 
 
@@ -26,11 +25,11 @@ def build_stale_data_sensor(
     specs: Sequence[CustomizationSpec], jobs: Sequence[Job], interval: int = 60, **limits: object
 ) -> dg.SensorDefinition:
     """The sensor over all customizations: looks at sources, refreshes, rebuilds, releases."""
-    by_name = {spec.name: spec for spec in specs}
+    by_name, targets, policies = {spec.name: spec for spec in specs}, Targets(jobs), Policies(specs)
 
     @dg.sensor(
         name="stale_data",
-        jobs=jobs,
+        **targets.options(),
         minimum_interval_seconds=interval,
         default_status=dg.DefaultSensorStatus.RUNNING,
         description="Three ways to be behind, three actions: a source that has other rows is followed by the "
@@ -45,11 +44,14 @@ def build_stale_data_sensor(
             at_work = {claim.customization for claim in book.claims()}
             found = _find(by_name, notes, newest, at_work, at)
             at_work |= running(context.instance, [spec.name for spec, *_ in found]).keys()
-            made = _record(opened, [one for one in found if one[0].name not in at_work], notes, serving, at)
+            behind = [one for one in found if one[0].name not in at_work]
+            made = _record(book, behind, policies, notes, serving, at)
             done = dispatch(
                 context.instance,
                 opened,
                 by_name,
+                policies,
+                targets,
                 ("refresh_source", "extend_dataset", "release"),
                 serving,
                 **limits,  # type: ignore[arg-type]
@@ -62,11 +64,8 @@ def build_stale_data_sensor(
         ]
         room = max(0, RUNS_PER_TICK - len(done.requests))
         observe = [
-            dg.RunRequest(
-                run_key=f"{name}:observe:{due}",  # once in an interval, whatever becomes of it
-                job_name=f"{name}__observe",
-                tags={CUSTOMIZATION_TAG: name},
-            )
+            # once in an interval, whatever becomes of it
+            targets.request(name, "observe", f"{name}:observe:{due}")
             for name, due in looks[:room]
         ]
         lines = [*done.lines]
@@ -99,45 +98,54 @@ def _find(
 
 
 def _record(
-    ledger: Ledger,
+    book: DecisionBook,
     found: Sequence[tuple[CustomizationSpec, Stale]],
+    policies: Policies,
     notes: Mapping[str, Mapping[str, Note]],
     serving: Mapping[str, Release],
     at: str,
 ) -> list[Decision]:
     """Record the decisions that are new; gives these back."""
-    book, settings = DecisionBook(ledger), Settings.from_env()
-    bare = []
-    for spec, one in found:
-        policy, digest = Policy.of(spec, settings), _dataset(notes[spec.name], one)
-        decision = to_decision(spec.name, one, digest, serving.get(spec.name), policy, None, NOTHING, NOTHING)
-        bare.append((spec, one, policy, decision))
-    recorded = book.known([decision.id for *_, decision in bare])
+    settings = Settings.from_env()
+
+    def decide(spec: CustomizationSpec, stale: Stale, *figures: Any) -> Decision:
+        policy, digest = policies.of(spec.name, settings), _dataset(notes[spec.name], stale)
+        return to_decision(spec.name, stale, digest, serving.get(spec.name), policy, *figures)
+
+    ids = [decide(spec, stale, None, NOTHING, NOTHING).id for spec, stale in found]
+    known = book.known(ids)
+    new = [one for one, name in zip(found, ids, strict=True) if name not in known][:NEW_PER_TICK]
+    if not new:
+        return []
+    month, price = at[:7], settings.device_second_price
+    fleet = book.spent(None, month) + book.reserved(None, price)
     made = []
-    for spec, one, policy, plain in [entry for entry in bare if entry[3].id not in recorded][:NEW_PER_TICK]:
-        seconds, month = None, at[:7]
-        if one.action == "refresh_source":
-            rows = (
-                int(notes[spec.name]["dataset"].value["train_rows"]) if "dataset" in notes[spec.name] else 0
-            )
+    for spec, stale in new:
+        seconds, dataset = None, notes[spec.name].get("dataset")
+        if stale.action == "refresh_source":
+            rows = int(dataset.value["train_rows"]) if dataset else 0
             seconds = predict(book.costs(spec.name), rows, 0, 0.0)["refresh_source"]
-        spent = book.spent(spec.name, month) + book.reserved(spec.name, policy.price)
-        fleet = book.spent(None, month) + book.reserved(None, policy.price)
-        release = serving.get(spec.name)
-        decision = to_decision(spec.name, one, plain.dataset_digest, release, policy, seconds, spent, fleet)
-        made.append(book.record(decision))
-        if decision.status == "blocked_by_budget":
-            title = f"{spec.name}: {decision.action} is blocked by the budget"
-            alert_id = f"blocked_by_budget:{decision.id}"
-            text = f"{decision.diagnosis} {decision.reason}"
-            book.alert(Alert(alert_id, title, text, customization=spec.name))
+        made.append(decide(spec, stale, seconds, book.spent(spec.name, month), fleet))
+    made = book.record_all(made)
+    book.alert(
+        *(
+            Alert(
+                f"blocked_by_budget:{decision.id}",
+                f"{decision.customization}: {decision.action} is blocked by the budget",
+                f"{decision.diagnosis} {decision.reason}",
+                customization=decision.customization,
+            )
+            for decision in made
+            if decision.status == "blocked_by_budget"
+        )
+    )
     return made
 
 
 def _dataset(notes: Mapping[str, Note], stale: Stale) -> str:
     """Digest of the dataset that a decision is about. One that follows a candidate keeps its dataset, so that
     a run that built another and then failed does not make it a new decision."""
-    subject = {"release": "accepted", "refresh_source": "candidate"}.get(stale.action)
+    subject = {"release": "accepted", "refresh_source": "candidate"}.get(stale.action, "")
     if subject in notes:
         return str(notes[subject].value["dataset"])
     return str(notes["dataset"].value["digest"]) if "dataset" in notes else ""

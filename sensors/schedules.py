@@ -12,7 +12,7 @@ from ml_assets.endpoints.ledger import Ledger, Release, now
 from ml_assets.settings import Settings
 from ml_assets.spec import CustomizationSpec, ScheduleSpec
 from resources.ledger import LedgerResource
-from sensors.freshness import Job
+from sensors.targets import Job
 
 
 def build_schedules(spec: CustomizationSpec, jobs: Mapping[str, Job]) -> list[dg.ScheduleDefinition]:

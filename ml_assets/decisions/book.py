@@ -8,7 +8,7 @@ holds the newest facts that assets wrote down, so that a sensor needs one query 
 import contextlib
 import dataclasses
 import json
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 import sqlalchemy as sa
@@ -43,6 +43,7 @@ _decisions = sa.Table(
     sa.Column("status", sa.String(30), nullable=False),
     sa.Column("evidence", sa.String(200), nullable=False),
     sa.Column("attempt", sa.Integer, nullable=False),
+    sa.Column("device_seconds", sa.Float, nullable=True),
     sa.Column("body", sa.Text, nullable=False),
     sa.Column("at", sa.String(40), nullable=False),
 )
@@ -75,7 +76,7 @@ _costs = sa.Table(
     sa.Column("device_seconds", sa.Float, nullable=False),
     sa.Column("money", sa.Float, nullable=False),
     sa.Column("rows", sa.Integer, nullable=False),
-    sa.Column("decision_id", sa.String(16), nullable=True),
+    sa.Column("decision_id", sa.String(16), nullable=True, index=True),
     sa.Column("at", sa.String(40), nullable=False, index=True),
     sa.UniqueConstraint("run_id", "customization", "kind", "partition"),
 )
@@ -171,8 +172,12 @@ class DecisionBook:
     def record(self, decision: Decision) -> Decision:
         """Store a decision, once: the same evidence, dataset, policy and attempt give back what was decided
         first."""
+        return self.record_all([decision])[0]
+
+    def record_all(self, decisions: Sequence[Decision]) -> list[Decision]:
+        """`record`, for many in one transaction."""
         with self._writing() as connection:
-            return _record(connection, decision)
+            return [_record(connection, decision) for decision in decisions]
 
     def get(self, decision_id: str) -> History | None:
         with self._engine.connect() as connection:
@@ -407,7 +412,8 @@ def _record(connection: sa.Connection, decision: Decision) -> Decision:
         return _decision(known)
     decision = dataclasses.replace(decision, at=now())
     body = dataclasses.asdict(decision)
-    row = {name: body[name] for name in ("customization", "action", "status", "evidence", "attempt", "at")}
+    columns = ("customization", "action", "status", "evidence", "attempt", "device_seconds", "at")
+    row = {name: body[name] for name in columns}
     connection.execute(sa.insert(_decisions).values(row | {"id": decision.id, "body": json.dumps(body)}))
     return decision
 
@@ -469,14 +475,16 @@ def _spent(connection: sa.Connection, customization: str | None, month: str) -> 
 
 def _reserved(connection: sa.Connection, customization: str | None, price: float) -> Spent:
     """What open claims will spend, without what their runs have spent already."""
-    query = sa.select(_decisions.c.body, _decisions.c.at).join(
-        _claims, _claims.c.decision_id == _decisions.c.id
+    used = sa.func.coalesce(sa.func.sum(_costs.c.device_seconds), 0.0)
+    query = (
+        sa.select(_decisions.c.device_seconds, used)
+        .select_from(_claims)
+        .join(_decisions, _decisions.c.id == _claims.c.decision_id)
+        .outerjoin(_costs, _costs.c.decision_id == _decisions.c.id)
+        .group_by(_decisions.c.id, _decisions.c.device_seconds)
     )
     if customization is not None:
         query = query.where(_claims.c.customization == customization)
-    seconds = 0.0
-    for row in connection.execute(query).mappings():
-        decision = _decision(row)
-        used = sa.select(sa.func.sum(_costs.c.device_seconds)).where(_costs.c.decision_id == decision.id)
-        seconds += max(0.0, (decision.device_seconds or 0.0) - (connection.execute(used).scalar() or 0.0))
+    rows = connection.execute(query).all()
+    seconds = sum(max(0.0, (planned or 0.0) - spent) for planned, spent in rows)
     return Spent(seconds, seconds * price)

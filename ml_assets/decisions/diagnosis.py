@@ -6,6 +6,7 @@ recorded. An action is not chosen without a reason, and every other one is rejec
 
 import dataclasses
 import datetime
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import median
@@ -81,11 +82,28 @@ class Policy:
     def own(self) -> Limits:
         return Limits(self.maintenance.device_seconds_per_month, self.maintenance.money_per_month)
 
-    @property
+    @functools.cached_property
     def version(self) -> str:
         """8 hex: another policy may decide otherwise on the same evidence."""
-        values = {**dataclasses.asdict(self), "maintenance": self.maintenance.model_dump()}
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        values |= {"maintenance": self.maintenance.model_dump(), "fleet": dataclasses.asdict(self.fleet)}
         return sha256_bytes(canonical_json([CODE_VERSION, values]))[:8]
+
+
+class Policies:
+    """The policies of a fleet, by customization; made again when the deployment's settings change."""
+
+    def __init__(self, specs: Sequence[CustomizationSpec]):
+        self._specs = {spec.name: spec for spec in specs}
+        self._settings: Settings | None = None
+        self._made: dict[str, Policy] = {}
+
+    def of(self, name: str, settings: Settings) -> Policy:
+        if settings != self._settings:
+            self._settings, self._made = settings, {}
+        if name not in self._made:
+            self._made[name] = Policy.of(self._specs[name], settings)
+        return self._made[name]
 
 
 @dataclass(frozen=True)
@@ -207,7 +225,9 @@ def decide(evidence: Evidence, policy: Policy) -> Decision:
     the decision is to watch, and says why.
     """
     found = diagnose(evidence.findings, policy)
-    verdicts = {action: CHECKS[action](evidence, policy, found) for action in LADDER}
+    verdicts: dict[Action, tuple[bool, str]] = {
+        action: CHECKS[action](evidence, policy, found) for action in LADDER
+    }
     sufficient = [action for action in LADDER if verdicts[action][0]]
     chosen: Action = sufficient[0] if sufficient else "watch"
     rejected = [

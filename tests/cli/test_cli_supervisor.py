@@ -119,6 +119,22 @@ def test_a_program_that_dies_is_started_again(supervise, tmp_path):
     assert supervisor.processes["it"].pid == int(pids[1])
 
 
+def test_a_program_can_be_ended_to_be_started_again(supervise, settings, tmp_path):
+    starts = tmp_path / "starts"
+    supervisor = supervise("sh", "-c", f"trap '' TERM; echo $$ >> {starts}; sleep 60")
+    wait_for(lambda: lines(starts))
+    assert not supervisor.end("another") and supervisor.end("it")
+    wait_for(lambda: len(lines(starts)) == 2)
+
+
+def test_a_restart_is_asked_of_a_supervisor_that_lives(settings):
+    assert not module.ask_for_restart(settings, "gateway")
+    state = {"supervisor": identity(os.getpid()), "processes": {}, "urls": {}}
+    module.state_path(settings).write_text(json.dumps(state))
+    assert module.ask_for_restart(settings, "gateway") and module.ask_for_restart(settings, "gateway")
+    assert module.restart_path(settings, "gateway").exists()
+
+
 def test_what_a_dead_program_left_in_its_group_goes_with_it(supervise, tmp_path):
     children = tmp_path / "children"
     supervise("sh", "-c", f"sleep 60 & echo $! >> {children}; wait")

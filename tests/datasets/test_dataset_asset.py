@@ -17,6 +17,7 @@ from ml_assets.settings import Settings
 from ml_assets.spec import CustomizationSpec
 from ml_assets.traffic.store import TrafficLog
 from resources.artifact_store import ArtifactRefIOManager, ArtifactStoreResource
+from resources.ledger import LedgerResource
 from resources.traffic_log import TrafficLogResource
 
 SOURCE, DATASET = dg.AssetKey(["faq", "source"]), dg.AssetKey(["faq", "dataset"])
@@ -60,6 +61,7 @@ def resources() -> dict:
         "artifact_store": ArtifactStoreResource(),
         "io_manager": ArtifactRefIOManager(),
         "traffic_log": TrafficLogResource(),
+        "ledger": LedgerResource(),
     }
 
 

@@ -33,6 +33,7 @@ from ml_assets.eval_reports.runner import (
 )
 from ml_assets.spec import CustomizationSpec
 from resources.artifact_store import ArtifactRefIOManager, ArtifactStoreResource
+from resources.ledger import LedgerResource
 from resources.mlflow_tracking import MlflowTracking
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -367,6 +368,7 @@ def test_asset_records_everything_and_repeats_nothing(
                 "artifact_store": ArtifactStoreResource(),
                 "mlflow_tracking": tracking,
                 "io_manager": ArtifactRefIOManager(),
+                "ledger": LedgerResource(),
             },
         )
 

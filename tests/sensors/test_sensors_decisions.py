@@ -65,7 +65,9 @@ class Fleet:
 
     def execute(self, request: dg.RunRequest, sensor: str = "drift") -> dg.ExecuteInProcessResult:
         """The run of a request, under the tags that the daemon gives it."""
-        job = self.defs.resolve_job_def(str(request.job_name))
+        implicit = self.defs.resolve_implicit_global_asset_job_def()
+        named = request.job_name not in (None, implicit.name)
+        job = self.defs.resolve_job_def(str(request.job_name)) if named else implicit
         return job.execute_in_process(
             instance=self.instance,
             partition_key=request.partition_key,
@@ -192,6 +194,36 @@ def test_a_decision_becomes_one_run(fleet: Fleet) -> None:
     }
     assert [line["mode"] for line in fleet.ran() if line["asset"] == "adapter"] == ["incremental"]
     assert fleet.tick("drift")[0] == []
+
+
+def test_a_fleet_without_jobs_runs_the_same_assets(fleet: Fleet) -> None:
+    fleet.defs = fleet_location.definitions(*SPECS, with_jobs=False, retry_after=NO_WAIT)
+    fleet.ask(12)
+    decision = fleet.decide("other")
+    requests, _ = fleet.tick("drift")
+    by_key = {request.run_key: request for request in requests}
+    update, look = by_key.pop(decision.key), next(iter(by_key.values()))
+    assert {key.to_user_string() for key in look.asset_selection} == {
+        "home/traffic",
+        "home/drift_report",
+        "home/decision",
+    }
+    assert fleet.execute(look).success and fleet.execute(update).success
+    fleet.look_done(12)
+    assert "incremental_update succeeded, the gate says promote" in str(fleet.tick("drift"))
+    assert [line["asset"] for line in fleet.ran()] == [
+        *("traffic", "drift_report", "decision"),
+        *("dataset", "adapter", "eval_report", "endpoint"),
+    ]
+    run = create_run_for_test(
+        fleet.instance,
+        job_name="__ASSET_JOB",
+        status=dg.DagsterRunStatus.STARTED,
+        tags={CUSTOMIZATION_TAG: "other"},
+        asset_selection=frozenset({dg.AssetKey(["other", "adapter"])}),
+    )
+    fleet.decide("other", evidence="later")
+    assert f"waits for run {run.run_id[:8]}" in fleet.tick("drift")[1]
 
 
 def test_a_failed_run_is_tried_again_with_another_key_and_then_given_up(fleet: Fleet) -> None:
