@@ -21,7 +21,7 @@ import numpy as np
 from benchmarks.common import cached_base, number, options, parser, print_json, say, start, table
 from benchmarks.tasks import customization
 from examples.home_commands.source import utterances
-from ml_assets.adapters.incremental import plan_update
+from ml_assets.adapters.incremental import plan_update, update_recipe
 from ml_assets.adapters.train import AdapterInputs, TrainedAdapter, train_adapter
 from ml_assets.artifacts import ArtifactStore, read_json
 from ml_assets.datasets.build import BuiltDataset, build_dataset
@@ -36,23 +36,24 @@ UPDATE, RETRAIN, CHAMPION = "update, replay", "retrain on everything", "champion
 
 def main() -> None:
     arguments = parser(str(__doc__).split("\n\n")[0])
-    arguments.add_argument("--rows", type=int, help="of the old release; default 1500, with --quick 500")
-    arguments.add_argument("--new-rows", type=int, help="of the new release; default a third of --rows")
+    arguments.add_argument("--rows", type=int, help="of the old release; default 2500, with --quick 800")
+    arguments.add_argument("--new-rows", type=int, help="of the new release; default a tenth of --rows")
+    arguments.add_argument("--held-out", type=int, default=150, help="more rows of the new release to judge")
     arguments.add_argument("--seed", type=int, default=0, help="of the rows and of the trainings")
     given = arguments.parse_args()
     chosen = options(given)
-    rows = given.rows or (500 if chosen.quick else 1500)
+    rows = given.rows or (800 if chosen.quick else 2500)
     base = cached_base(chosen.cache)
     with tempfile.TemporaryDirectory(dir=chosen.cache) as folder:
-        run = Run(Path(folder), base, rows, given.new_rows or rows // 3, given.seed)
+        run = Run(Path(folder), base, rows, given.new_rows or rows // 10, given.held_out, given.seed)
         report(run, run.measure())
 
 
 class Run:
     """The champion, its successors and what they answer."""
 
-    def __init__(self, folder: Path, base: Path, rows: int, new_rows: int, seed: int):
-        self.folder, self.base, self.seed = folder, base, seed
+    def __init__(self, folder: Path, base: Path, rows: int, new_rows: int, held_out: int, seed: int):
+        self.folder, self.base, self.seed, self.held_out = folder, base, seed, held_out
         self.counts = {"old": rows, "new": new_rows}
         self.settings = replace(Settings.from_env(), home=folder)
         self.store = ArtifactStore(str(folder / "artifacts"), folder / "cache")
@@ -78,14 +79,18 @@ class Run:
     def measure(self) -> dict[str, Any]:
         """Train, in turn: the champion, the update, the update without replay, the retrain. Then evaluate."""
         old = utterances(OLD, self.counts["old"], self.seed, languages=["en"])
-        new = utterances(NEW, self.counts["new"], self.seed + 1, languages={"en": 0.5, "de": 0.5})
+        languages = {"en": 0.5, "de": 0.5}
+        found = utterances(NEW, self.counts["new"] + self.held_out, self.seed + 1, languages=languages)
+        new = found[: self.counts["new"]]
+        self.judged = found[self.counts["new"] :]
         before, after = self.dataset(old), self.dataset([*old, *new])
         champion_inputs, inputs = self._inputs(before), self._inputs(after)
         champion = self._train(CHAMPION, champion_inputs)
         policy = self.spec.maintenance
         adapters = {CHAMPION: champion}
         for name, replay in ((UPDATE, policy.replay), (NO_REPLAY, 0.0)):
-            update = plan_update(inputs, self.store, champion.ref, replay=replay, rate=policy.update_rate)
+            slow = replace(inputs, spec=update_recipe(self.spec))
+            update = plan_update(slow, self.store, champion.ref, replay)
             adapters[name] = self._train(name, update)
         adapters[RETRAIN] = self._train(RETRAIN, inputs)
         return self._answers(adapters, before, after)
@@ -113,9 +118,11 @@ class Run:
         from ml_assets.engine.loading import load_base
         from ml_assets.eval_reports.runner import Arm, evaluate
 
+        held = [row | {"_row": f"held-out {i:04}"} for i, row in enumerate(self.judged)]
         known = {row["_row"] for row in load_rows(self.store.open(before.ref), "evaluation")}
         directory = self.store.open(after.ref)
-        rows, train = load_rows(directory, "evaluation"), load_rows(directory, "train")
+        rows: list[Any] = [*load_rows(directory, "evaluation"), *held]
+        train = load_rows(directory, "train")
         base = load_base(self.base, hardware.compute_dtype(self.settings.home))
         metric = str(self.spec.evaluation.resolved_metrics()[0])
         found: dict[str, Any] = {}
@@ -159,7 +166,8 @@ def report(run: Run, found: Mapping[str, Any]) -> None:
     print(
         table(
             f"Incremental updates: {run.counts['old']} rows of {OLD} (en), then {run.counts['new']} of {NEW} "
-            f"(en, de); {policy.replay:.0%} replay, learning rate × {policy.update_rate:g}; "
+            f"(en, de); {policy.replay:.0%} replay, {policy.update_epochs:g} epochs, learning rate × "
+            f"{policy.update_rate:g}; "
             f"{counts['old']} old and {counts['new']} new evaluation rows",
             ["variant", "rows", "seconds", "saved", "old rows", "change", "new rows", "change"],
             lines,

@@ -1,13 +1,14 @@
 """`<name>/adapter`: LoRA weights of one customization on one base revision."""
 
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import dagster as dg
 from pydantic import Field
 
 from ml_assets.adapters.checks import adapter_checks, check_specs
-from ml_assets.adapters.incremental import NoUpdate, plan_update
+from ml_assets.adapters.incremental import NoUpdate, plan_update, update_recipe
 from ml_assets.adapters.kind import resolve_kind
 from ml_assets.adapters.manifest import CODE_VERSION
 from ml_assets.adapters.pictures import loss_curve
@@ -81,8 +82,8 @@ def build_adapter_asset(spec: CustomizationSpec) -> dg.AssetsDefinition:
         try:
             if config.mode == "incremental":
                 parent = _champion(mlflow_tracking, spec.name)
-                policy = spec.maintenance
-                inputs = plan_update(inputs, store, parent, replay=policy.replay, rate=policy.update_rate)
+                inputs = replace(inputs, spec=update_recipe(spec))
+                inputs = plan_update(inputs, store, parent, spec.maintenance.replay)
                 update = inputs.update
                 assert update is not None
                 context.log.info(

@@ -12,9 +12,12 @@ from ml_assets.adapters.recipe import resolve_targets
 from ml_assets.adapters.train import AdapterInputs
 from ml_assets.artifacts import ArtifactRef, ArtifactStore, read_json, sha256_bytes
 from ml_assets.datasets.snapshot import load_rows
-from ml_assets.spec import AdapterRecipe, PromptSpec
+from ml_assets.spec import AdapterRecipe, CustomizationSpec, PromptSpec
 
 Row = Mapping[str, Any]
+
+WARMUP = 0.3
+"""Least share of an update's steps in which the learning rate rises."""
 
 
 class NoUpdate(ValueError):
@@ -46,13 +49,11 @@ def plan_update(
     inputs: AdapterInputs,
     store: ArtifactStore,
     parent: ArtifactRef,
-    *,
     replay: float,
-    rate: float = 1.0,
 ) -> AdapterInputs:
     """Inputs of an update of `parent` to the dataset of `inputs`: its training rows that the parent was not
-    trained on, and a share `replay` of those that it was, the same from every segment. `rate` scales the
-    recipe's learning rate.
+    trained on, and a share `replay` of those that it was, the same from every segment. The recipe is taken as
+    it is: see `update_recipe`.
 
     Raises NoUpdate: the parent sits on another base or was trained with another prompt or LoRA shape, or the
     dataset holds no row that is new to it. ArtifactError: an artifact is damaged.
@@ -73,13 +74,24 @@ def plan_update(
     old = [row for row in rows if row["_row"] in seen]
     replayed = sample_by_segment(old, spec.evaluation.segments, replay, seed=parent.digest)
     generation = (manifest.get("update") or {}).get("generation", 0) + 1
-    rate_of_update = spec.adapter.learning_rate * rate
-    slower = spec.adapter.model_copy(update={"kind": recipe.kind, "learning_rate": rate_of_update})
-    return replace(
-        inputs,
-        spec=spec.model_copy(update={"adapter": slower}),
-        update=Update(parent, directory, generation, replay, new, replayed),
+    spec = spec.model_copy(update={"adapter": spec.adapter.model_copy(update={"kind": recipe.kind})})
+    return replace(inputs, spec=spec, update=Update(parent, directory, generation, replay, new, replayed))
+
+
+def update_recipe(spec: CustomizationSpec) -> CustomizationSpec:
+    """The customization with the recipe of its updates: `maintenance.update_epochs` passes, a lower learning
+    rate, and a long warm-up. Adam begins with steps of full size in every weight, and an update has few steps:
+    without the warm-up the first ones undo more of the old adapter than the rest repairs."""
+    recipe, policy = spec.adapter, spec.maintenance
+    changed = recipe.model_copy(
+        update={
+            "epochs": policy.update_epochs,
+            "steps": None,
+            "learning_rate": recipe.learning_rate * policy.update_rate,
+            "warmup": max(recipe.warmup, WARMUP),
+        }
     )
+    return spec.model_copy(update={"adapter": changed})
 
 
 def _check_fits(inputs: AdapterInputs, parent: Mapping[str, Any], recipe: AdapterRecipe) -> None:

@@ -38,7 +38,7 @@ def reproduce_inputs(
     inputs = replace(inputs, spec=then)
     if manifest.get("update"):
         parent = ArtifactRef("adapter", manifest["parent"])
-        inputs = plan_update(inputs, store, parent, replay=manifest["update"]["replay"])
+        inputs = plan_update(inputs, store, parent, manifest["update"]["replay"])
     return inputs, manifest
 
 

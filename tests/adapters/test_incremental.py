@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from small_training import small_base, small_dataset, small_spec
 
-from ml_assets.adapters.incremental import NoUpdate, plan_update, sample_by_segment
+from ml_assets.adapters.incremental import NoUpdate, plan_update, sample_by_segment, update_recipe
 from ml_assets.adapters.reproduce import compare, reproduce_inputs
 from ml_assets.adapters.train import AdapterInputs, TrainedAdapter, open_inputs, train_adapter
 from ml_assets.artifacts import ArtifactRef, ArtifactStore, read_json
@@ -38,23 +38,22 @@ def test_it_trains_on_new_rows_and_a_share_of_the_old(
     store: ArtifactStore, base_model: ArtifactRef, champion: TrainedAdapter
 ) -> None:
     grown = inputs_on(store, base_model, 60)
-    planned = plan_update(grown, store, champion.ref, replay=0.25, rate=0.5)
+    planned = plan_update(grown, store, champion.ref, 0.25)
     update = planned.update
     assert update is not None
     known = {row["_row"] for row in load_rows(store.open(small_dataset(store, 40)), "train")}
     assert {row["_row"] for row in update.new}.isdisjoint(known) and len(update.new) == 16
     assert {row["_row"] for row in update.replayed} <= known
     assert len(update.replayed) == round(0.25 * len(known))
-    assert planned.spec.adapter.learning_rate == grown.spec.adapter.learning_rate / 2
     assert planned.key != grown.key
-    assert planned.key != plan_update(grown, store, champion.ref, replay=0.0, rate=0.5).key
+    assert planned.key != plan_update(grown, store, champion.ref, 0.0).key
 
 
 def test_it_starts_where_the_champion_is_and_can_be_reproduced(
     evergreen_home: Path, store: ArtifactStore, base_model: ArtifactRef, champion: TrainedAdapter
 ) -> None:
     grown = inputs_on(store, base_model, 60)
-    planned = plan_update(grown, store, champion.ref, replay=0.25)
+    planned = plan_update(grown, store, champion.ref, 0.25)
     updated = train_adapter(planned, store, evergreen_home)
     scratch = train_adapter(grown, store, evergreen_home)
     assert updated.record["losses"][0] < scratch.record["losses"][0] - 0.3
@@ -67,7 +66,7 @@ def test_it_starts_where_the_champion_is_and_can_be_reproduced(
     again = train_adapter(inputs, store, evergreen_home, reuse=False)
     assert all(compare(store.open(updated.ref), store.open(again.ref)).values())
 
-    second = plan_update(inputs_on(store, base_model, 80), store, updated.ref, replay=0.1)
+    second = plan_update(inputs_on(store, base_model, 80), store, updated.ref, 0.1)
     assert second.update is not None and second.update.generation == 2
 
 
@@ -79,7 +78,7 @@ def test_another_shape_is_trained_from_scratch(
     store: ArtifactStore, base_model: ArtifactRef, champion: TrainedAdapter, change: dict, reason: str
 ) -> None:
     with pytest.raises(NoUpdate, match=reason):
-        plan_update(inputs_on(store, base_model, 60, **change), store, champion.ref, replay=0.1)
+        plan_update(inputs_on(store, base_model, 60, **change), store, champion.ref, 0.1)
 
 
 def test_another_base_or_nothing_new_is_refused(
@@ -87,9 +86,17 @@ def test_another_base_or_nothing_new_is_refused(
 ) -> None:
     other = small_base(store, seed=1)
     with pytest.raises(NoUpdate, match="it sits on base tiny@"):
-        plan_update(inputs_on(store, other, 60), store, champion.ref, replay=0.1)
+        plan_update(inputs_on(store, other, 60), store, champion.ref, 0.1)
     with pytest.raises(NoUpdate, match="no training row that adapter"):
-        plan_update(inputs_on(store, base_model, 40), store, champion.ref, replay=0.1)
+        plan_update(inputs_on(store, base_model, 40), store, champion.ref, 0.1)
+
+
+def test_the_recipe_of_an_update_is_short_slow_and_warms_up() -> None:
+    spec = small_spec(steps=12, learning_rate=0.02)
+    recipe = update_recipe(spec).adapter
+    assert (recipe.epochs, recipe.steps) == (spec.maintenance.update_epochs, None)
+    assert recipe.learning_rate == 0.02 * spec.maintenance.update_rate and recipe.warmup == 0.3
+    assert recipe.rank == spec.adapter.rank
 
 
 ROWS = st.lists(st.tuples(st.sampled_from("abc"), st.sampled_from("xy")), max_size=60)
