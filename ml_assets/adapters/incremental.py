@@ -80,7 +80,7 @@ def plan_update(
 
 def update_recipe(spec: CustomizationSpec) -> CustomizationSpec:
     """The customization with the recipe of its updates: `maintenance.update_epochs` passes, a lower learning
-    rate, and a long warm-up. Adam begins with steps of full size in every weight, and an update has few steps:
+    rate, and a long warm-up. Adam begins with steps of full size in every weight, and an update has few:
     without the warm-up the first ones undo more of the old adapter than the rest repairs."""
     recipe, policy = spec.adapter, spec.maintenance
     changed = recipe.model_copy(

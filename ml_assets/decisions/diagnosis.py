@@ -229,7 +229,7 @@ def decide(evidence: Evidence, policy: Policy) -> Decision:
         action: CHECKS[action](evidence, policy, found) for action in LADDER
     }
     sufficient = [action for action in LADDER if verdicts[action][0]]
-    chosen: Action = sufficient[0] if sufficient else "watch"
+    chosen = sufficient[0] if sufficient else LADDER[0]
     rejected = [
         Rejected(
             action,

@@ -182,9 +182,11 @@ class Replay:
         return turns
 
     async def _post(self, http: httpx.AsyncClient, key: str, path: str, body: Any) -> Any:
-        for _ in range(60):
+        patience = 60
+        while True:
             response = await http.post(path, json=body, headers={"Authorization": f"Bearer {key}"})
-            if response.status_code != 429:
+            patience -= 1
+            if response.status_code != 429 or not patience:
                 break
             await asyncio.sleep(float(response.headers.get("retry-after", 1)))
         if response.status_code >= 400:
