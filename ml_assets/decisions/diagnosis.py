@@ -228,8 +228,8 @@ def decide(evidence: Evidence, policy: Policy) -> Decision:
     verdicts: dict[Action, tuple[bool, str]] = {
         action: CHECKS[action](evidence, policy, found) for action in LADDER
     }
-    sufficient = [action for action in LADDER if verdicts[action][0]]
-    chosen = sufficient[0] if sufficient else LADDER[0]
+    sufficient: list[Action] = [action for action in LADDER if verdicts[action][0]]
+    chosen: Action = sufficient[0] if sufficient else "watch"
     rejected = [
         Rejected(
             action,
