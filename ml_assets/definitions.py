@@ -43,14 +43,12 @@ def build_definitions(project: Path) -> dg.Definitions:
 
 @contextlib.contextmanager
 def _without_collector() -> Iterator[None]:
-    """Definitions stay for ever: looking again and again for garbage among them is a third of the time it
-    takes to make many."""
+    """Definitions stay: looking for garbage among them again and again takes long where there are many."""
     collecting = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
-        gc.freeze()  # nor are they looked at later, when there is more to do with them
         if collecting:
             gc.enable()
 
