@@ -1,7 +1,7 @@
 """The history of a product, replayed: `make demo-drift`.
 
 A model learns the voice commands of a 2023 release. Households talk to it; then the product gets the commands
-of a later release, with other wordings and new intents, and a second language. Two of three requests come back
+of a later release, with other wordings and new intents, and a second language. Two of three answers come back
 with the right answer. Nobody touches anything: sensors look at the traffic, decisions are made and recorded,
 the adapter is updated, evaluated and promoted. At the end stands the accuracy over time, next to the same
 system without maintenance.
