@@ -104,8 +104,9 @@ class Inputs:
         right = rows()
         train = [row | {"_split": "train"} for row in rows(flipped)[::2]]
         evaluation = [row | {"_split": "evaluation"} for row in right[1::2]]
+        manifest = {"source_version": "v1", "rows": {"train": len(train), "evaluation": len(evaluation)}}
         with self.store.staging("dataset") as directory:
-            write_snapshot(Snapshot(train, evaluation, ["text", "label"], {}, {}), directory, {})
+            write_snapshot(Snapshot(train, evaluation, ["text", "label"], {}, {}), directory, manifest)
             return self.store.publish_directory("dataset", directory)
 
     def adapter(self, base: int = 0, flipped: bool = False, **recipe: Any) -> ArtifactRef:

@@ -28,7 +28,7 @@ def draw(
     end = points[-1][1]
     heights = {"phase": 107.5, "decision": 103, "promotion": 98.5}
     for event in events:
-        if event.after >= end and event.kind == "decision":
+        if event.after >= end:  # nobody asked afterwards
             continue
         colour = COLOURS[event.kind]
         text = (
