@@ -59,10 +59,10 @@ def test_the_failed_check_the_decision_and_its_run(tmp_path: Path, monkeypatch: 
             expect(page.get_by_text("Failed").first).to_be_visible()
             page.screenshot(path=tmp_path / "check.png")
 
-            page.goto(f"{settings.dagster_url}/assets/colours/decision?view=events")
+            page.goto(f"{settings.dagster_url}/assets/colours/decision?view=overview")
             expect(page.get_by_text("incremental_update").first).to_be_visible()
             expect(page.get_by_text("Diagnosis").first).to_be_visible()
-            link = page.locator("a", has_text="runs?q[0]=tag").first
+            link = page.locator("a[href*='runs?q']").first
             expect(link).to_be_visible()
             page.screenshot(path=tmp_path / "decision.png")
 
