@@ -523,8 +523,13 @@ def test_dg_scaffolds_lists_and_checks(project: Project) -> None:
 
     listed = json.loads(run_dg(project, "list", "defs", "--json").stdout)
     keys = {asset["asset_key"] for asset in listed["assets"]}
-    kinds = ("source", "dataset", "adapter", "eval_report", "endpoint", "traffic", "drift_report")
-    assert keys == {"base_model", *(f"{n}/{k}" for n in ("colours", "greetings") for k in kinds)}
+    kinds = ("source", "dataset", "adapter", "eval_report", "endpoint", "traffic", "drift_report", "decision")
+    assert keys == {
+        "base_model",
+        "fleet/overview",
+        "fleet/cost_ledger",
+        *(f"{n}/{k}" for n in ("colours", "greetings") for k in kinds),
+    }
 
     components = run_dg(project, "list", "components", "--json").stdout
     assert "ml_assets.Customization" in components and "ml_assets.BaseModels" in components
