@@ -556,6 +556,55 @@ class MaintenanceSpec(Block):
         return self
 
 
+RungName = Literal["bare", "copy", "tune", "distil", "full"]
+RUNGS: tuple[RungName, ...] = ("bare", "copy", "tune", "distil", "full")
+"""The port ladder, cheapest first."""
+
+
+class MigrationSpec(Block):
+    """What happens when a followed base model gets a new revision."""
+
+    mode: Literal["automatic", "record"] = Field(
+        default="automatic",
+        description="`record`: what a migration would cost is written down, and a person launches it",
+    )
+    move: Literal["automatic", "manual"] = Field(
+        default="automatic",
+        description="the endpoint moves to the new revision when the gate accepts, or waits for a person who "
+        "materializes it",
+    )
+    rungs: list[RungName] = Field(
+        default_factory=lambda: list(RUNGS),
+        min_length=1,
+        description="the ways to carry the adapter over that may be tried; always in this order: the `bare` "
+        "base with a prompt, a `copy` of the adapter, a short `tune` of the copy, `distil` from the old "
+        "champion's answers, `full` training",
+    )
+    tune_share: float = Field(
+        default=0.1, gt=0, le=0.5, description="most steps of the short tune, of those of a full training"
+    )
+    validation_share: float = Field(
+        default=0.1,
+        gt=0,
+        lt=0.5,
+        description="of the training rows, left out of the short tune: by their loss a start is chosen and "
+        "the tune is stopped",
+    )
+    retention: str = Field(
+        default="90d",
+        pattern=DURATION,
+        description="how long what served on an earlier revision can be served again",
+    )
+
+    @field_validator("rungs")
+    @classmethod
+    def _distinct(cls, rungs: list[RungName]) -> list[RungName]:
+        for index, rung in enumerate(rungs):
+            if rung in rungs[:index]:
+                raise _wrong(str(index), f"expected distinct rungs, found {rung!r} again")
+        return [rung for rung in RUNGS if rung in rungs]
+
+
 class ScheduleSpec(Block):
     """A job of this customization at set times."""
 
@@ -601,6 +650,9 @@ class CustomizationSpec(Block):
     drift: DriftSpec = Field(default_factory=DriftSpec, description="when the traffic has moved")
     maintenance: MaintenanceSpec = Field(
         default_factory=MaintenanceSpec, description="what may be done about it, and what it may cost"
+    )
+    migration: MigrationSpec = Field(
+        default_factory=MigrationSpec, description="what happens when a base model gets a new revision"
     )
     schedules: list[ScheduleSpec] = Field(default_factory=list, description="jobs at set times")
 

@@ -14,6 +14,7 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy import event
 
+from ml_assets.adapters.rungs import Climb
 from ml_assets.decisions.records import (
     FINAL,
     TRAINING,
@@ -80,6 +81,16 @@ _costs = sa.Table(
     sa.Column("at", sa.String(40), nullable=False, index=True),
     sa.UniqueConstraint("run_id", "customization", "kind", "partition"),
 )
+_climbs = sa.Table(
+    "climbs",
+    _metadata,
+    sa.Column("seq", sa.Integer, primary_key=True, autoincrement=True),
+    sa.Column("climb", sa.String(64), nullable=False, unique=True),
+    sa.Column("customization", sa.String(200), nullable=False, index=True),
+    sa.Column("base_revision", sa.String(200), nullable=False, index=True),
+    sa.Column("body", sa.Text, nullable=False),
+    sa.Column("at", sa.String(40), nullable=False),
+)
 _notes = sa.Table(
     "notes",
     _metadata,
@@ -116,7 +127,7 @@ def _first_turn(_table: sa.Table, connection: sa.Connection, **_: Any) -> None:
     connection.execute(sa.insert(_turn).values(id=1, turn=0))
 
 
-for _table in (_decisions, _steps, _costs, _alerts):
+for _table in (_decisions, _steps, _costs, _climbs, _alerts):
     for _change in ("UPDATE", "DELETE"):
         event.listen(
             _table,
@@ -334,6 +345,27 @@ class DecisionBook:
         """What the actions under way are going to spend, as it was predicted."""
         with self._engine.connect() as connection:
             return _reserved(connection, customization, price)
+
+    # -- climbs of the port ladder ---------------------------------------------------------------------
+
+    def record_climb(self, climb: Climb) -> None:
+        """Store how a customization was carried to a base revision; once for the same inputs."""
+        with self._writing() as connection:
+            known = sa.select(_climbs.c.seq).where(_climbs.c.climb == climb.climb)
+            if connection.execute(known).first() is None:
+                climb = dataclasses.replace(climb, at=now())
+                names = ("climb", "customization", "base_revision", "at")
+                row = {name: getattr(climb, name) for name in names}
+                body = json.dumps(dataclasses.asdict(climb))
+                connection.execute(sa.insert(_climbs).values(row | {"body": body}))
+
+    def climbs(self, customization: str | None = None) -> list[Climb]:
+        """All climbs, of the fleet or of one customization, oldest first."""
+        query = sa.select(_climbs.c.body).order_by(_climbs.c.seq)
+        if customization is not None:
+            query = query.where(_climbs.c.customization == customization)
+        with self._engine.connect() as connection:
+            return [Climb.from_json(json.loads(body)) for body in connection.execute(query).scalars()]
 
     # -- notes and alerts ------------------------------------------------------------------------------
 

@@ -121,7 +121,7 @@ class Limits:
 NOTHING, NO_LIMITS = Spent(), Limits()
 
 
-CostKind = Literal["training", "incremental", "evaluation", "look"]
+CostKind = Literal["training", "incremental", "port", "evaluation", "look"]
 
 
 @dataclass(frozen=True)
