@@ -75,4 +75,5 @@ class Climb:
     @classmethod
     def from_json(cls, body: dict[str, Any]) -> "Climb":
         """The inverse of `dataclasses.asdict`."""
-        return cls(**body | {"rungs": tuple(RungResult(**rung) for rung in body["rungs"])})
+        fields: dict[str, Any] = {**body, "rungs": tuple(RungResult(**rung) for rung in body["rungs"])}
+        return cls(**fields)
