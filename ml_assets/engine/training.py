@@ -164,7 +164,7 @@ def train_lora(
             result = _run(
                 base, examples, recipe, crew, identity, checkpoints, checkpoint_seconds, on_progress, judge
             )
-        _save_adapter(base, adapter, targets, output)
+        save_adapter(base, adapter, targets, output)
     return result
 
 
@@ -538,12 +538,14 @@ def _copy_weights(base: Base, directory: Path, adapter: Adapter) -> None:
             tensor.copy_(saved[key])
 
 
-def _save_adapter(base: Base, adapter: Adapter, targets: Sequence[str], output: Path) -> None:
+def save_adapter(base: Base, adapter: Adapter, targets: Sequence[str], output: Path) -> None:
+    """Write an adapter as peft does, in the base's number format."""
     from safetensors.torch import save_file
 
     output.mkdir(parents=True, exist_ok=True)
     weights = {
-        key: value.detach().cpu().contiguous().clone() for key, value in adapter.named_tensors().items()
+        key: value.detach().to("cpu", base.model.dtype).contiguous().clone()
+        for key, value in adapter.named_tensors().items()
     }
     save_file(weights, output / "adapter_model.safetensors", metadata={"format": "pt"})
     config = adapter_config(base.model, adapter, targets, base.manifest["revision"])

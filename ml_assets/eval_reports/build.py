@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from ml_assets.engine.loading import Base
 
 KIND = "eval_report"
-REPORT_VERSION = "2"
+REPORT_VERSION = "3"
 """Raise when the same lines would give another report."""
 
 
@@ -75,6 +75,7 @@ def report_key(
     base_model: ArtifactRef,
     champion: str | None,
     compute: str,
+    looks: int = 1,
 ) -> str:
     """64 hex: the hash of all that goes into a report. `champion` is the digest of its adapter."""
     evaluation = spec.evaluation
@@ -96,6 +97,8 @@ def report_key(
         "compute": compute,
         "code": [RUNNER_VERSION, REPORT_VERSION, code],
     }
+    if looks > 1:
+        parts["looks"] = looks
     return sha256_bytes(canonical_json(parts))
 
 
@@ -109,9 +112,10 @@ def build_report(
     dataset: ArtifactRef,
     base_model: ArtifactRef,
     champion: Champion | None,
+    looks: int = 1,
     on_progress: Callable[[str, int, int], None] | None = None,
 ) -> BuiltReport:
-    """Evaluate, decide and publish, or find what these inputs gave before.
+    """Evaluate, decide and publish, or find what these inputs gave before. `looks` is as in `decide`.
 
     A candidate that is the champion keeps the report that made it so. `on_progress(arm, done, total)`.
 
@@ -124,7 +128,7 @@ def build_report(
 
     compute = hardware.hardware_class(home)
     serving = champion.adapter.digest if champion else None
-    key = report_key(spec, root, adapter, dataset, base_model, serving, compute)
+    key = report_key(spec, root, adapter, dataset, base_model, serving, compute, looks)
     if known := store.recall(KIND, key):
         return _opened(store, known[0], known[1], reused=True)
     if serving == adapter.digest:
@@ -133,25 +137,57 @@ def build_report(
     hardware.prepare_process()
     with hardware.computing(home):
         lines, decision, seconds, about, known = _evaluate(
-            spec, root, store, home, compute, adapter, dataset, base_model, champion, on_progress
+            spec, root, store, home, compute, adapter, dataset, base_model, champion, on_progress, looks
         )
     summary = summarize(lines, spec.evaluation, decision, about, known)
-    text = "".join(json.dumps(line, ensure_ascii=False, sort_keys=True) + "\n" for line in lines)
-    ref = store.publish(
-        KIND,
-        {
-            "rows.jsonl": text.encode(),
-            "decision.json": canonical_json(decision.as_json()) + b"\n",
-            "summary.json": canonical_json(summary) + b"\n",
-            "summary.md": render_markdown(summary).encode(),
-            "report.html": render_html(summary, lines).encode(),
-        },
-    )
+    ref = _publish(store, summary, lines)
     record = {"seconds": seconds}
     store.remember(KIND, key, ref, record)
     once_serving = report_key(spec, root, adapter, dataset, base_model, adapter.digest, compute)
     store.remember(KIND, once_serving, ref, record)
     return _opened(store, ref, record, reused=False)
+
+
+def _publish(store: ArtifactStore, summary: dict[str, Any], lines: list[Row]) -> ArtifactRef:
+    text = "".join(json.dumps(line, ensure_ascii=False, sort_keys=True) + "\n" for line in lines)
+    return store.publish(
+        KIND,
+        {
+            "rows.jsonl": text.encode(),
+            "decision.json": canonical_json(summary["decision"]) + b"\n",
+            "summary.json": canonical_json(summary) + b"\n",
+            "summary.md": render_markdown(summary).encode(),
+            "report.html": render_html(summary, lines).encode(),
+        },
+    )
+
+
+def with_climb(
+    built: BuiltReport,
+    climb: "Climb",
+    spec: CustomizationSpec,
+    root: Path,
+    store: ArtifactStore,
+    home: Path,
+) -> BuiltReport:
+    """The report of an adapter that the port ladder gave, with all rungs that were tried: the same lines and
+    the same decision. Made once for the same climb."""
+    from ml_assets.engine import hardware
+
+    body = climb_summary(climb)
+    key = sha256_bytes(canonical_json({"report": built.ref.digest, "climb": body, "code": REPORT_VERSION}))
+    if known := store.recall(KIND, key):
+        return _opened(store, known[0], known[1], reused=True)
+    text = (built.directory / "rows.jsonl").read_text(encoding="utf-8")
+    lines = [json.loads(line) for line in text.split("\n") if line]
+    ref = _publish(store, built.summary | {"climb": body}, lines)
+    store.remember(KIND, key, ref, built.record)
+    about, compute = built.summary["about"], hardware.hardware_class(home)
+    adapter, dataset = ArtifactRef("adapter", about["candidate"]), ArtifactRef("dataset", about["dataset"])
+    base_model = ArtifactRef("base_model", about["base_model"])
+    once_serving = report_key(spec, root, adapter, dataset, base_model, adapter.digest, compute)
+    store.remember(KIND, once_serving, ref, built.record)
+    return _opened(store, ref, built.record, reused=False)
 
 
 def _opened(store: ArtifactStore, ref: ArtifactRef, record: dict[str, Any], reused: bool) -> BuiltReport:
@@ -172,6 +208,7 @@ def _evaluate(
     base_model: ArtifactRef,
     champion: Champion | None,
     on_progress: Callable[[str, int, int], None] | None,
+    looks: int,
 ) -> tuple[list[Row], Decision, dict[str, list[float] | None], dict[str, Any], set[str]]:
     from ml_assets.engine import hardware
     from ml_assets.engine.loading import load_base
@@ -210,7 +247,7 @@ def _evaluate(
         examples = fitting_examples(base, spec.prompt, [*rows, *must_pass], examples, tokens)
         if examples:
             arms.append(Arm("few_shot", examples=examples))
-    arms.append(_arm("adapter", adapter, store.open(adapter)))
+    arms.append(adapter_arm("adapter", adapter, store.open(adapter)))
     lines, seconds = run(base, arms)
     forgotten = forgetting(base, "adapter") if arms[-1].adapter else 0.0
     revision = base.manifest["revision"]
@@ -228,7 +265,7 @@ def _evaluate(
         asked = served.get("prompt") or None  # what it was trained on, if today's rows still have it
         if asked and not all(c in columns for c in _columns(asked)):
             asked = None
-        arm = _arm("champion", champion.adapter, folder)
+        arm = adapter_arm("champion", champion.adapter, folder)
         more, more_seconds = run(base, [arm], asked)
         lines, seconds = lines + more, seconds | more_seconds
 
@@ -242,6 +279,7 @@ def _evaluate(
         against="champion" if champion else "base",
         forgetting=forgotten,
         labels_from_champion=any(row.get("_origin") == "champion" for row in rows),
+        looks=looks,
     )
     if (
         champion
@@ -252,6 +290,7 @@ def _evaluate(
     about = {
         "customization": spec.name,
         "base_revision": revision,
+        "base_model": base_model.digest,
         "candidate": adapter.digest,
         "champion": champion.adapter.digest if champion else None,
         "champion_base": served.get("base_revision"),
@@ -271,7 +310,7 @@ def _evaluation_rows(store: ArtifactStore, dataset: str) -> set[str]:
     return {row["_row"] for row in rows}
 
 
-def _arm(name: Literal["adapter", "champion"], ref: ArtifactRef, directory: Path) -> Arm:
+def adapter_arm(name: Literal["adapter", "champion"], ref: ArtifactRef, directory: Path) -> Arm:
     """The arm of an adapter that is attached under the arm's name. One without weights is its base with
     examples: what the base answered before to the same prompts need not be computed again."""
     manifest = read_json(directory / "manifest.json")
