@@ -4,8 +4,8 @@ Same shapes: the weights as they are (PortLLM: Khan et al. 2024, arXiv 2410.1087
 with the part of the old weight that is left in the new one. Other numbers of layers: each layer takes the
 adapter of the old layer that it resembles. Other sizes: the input and the output of each module are mapped
 by ridge regression between what both bases compute for the same tokens, so that the new module changes its
-output as the old one did (subspace maps and layers matched by centered kernel alignment: LoRASuite, Li et al. 2025,
-arXiv 2505.13515; alignment: Kornblith et al. 2019, arXiv 1905.00414).
+output as the old one did (subspace maps and layers matched by centered kernel alignment: LoRASuite, Li et al.
+2025, arXiv 2505.13515; alignment: Kornblith et al. 2019, arXiv 1905.00414).
 
 A start can be worse than none: `ml_assets.adapters.ladder` measures each before it is used.
 """

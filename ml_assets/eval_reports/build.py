@@ -2,11 +2,12 @@
 
 import inspect
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from ml_assets.adapters.rungs import Climb
 from ml_assets.artifacts import (
     ArtifactError,
     ArtifactRef,
@@ -164,7 +165,7 @@ def _publish(store: ArtifactStore, summary: dict[str, Any], lines: list[Row]) ->
 
 def with_climb(
     built: BuiltReport,
-    climb: "Climb",
+    climb: Climb,
     spec: CustomizationSpec,
     root: Path,
     store: ArtifactStore,
@@ -174,7 +175,7 @@ def with_climb(
     the same decision. Made once for the same climb."""
     from ml_assets.engine import hardware
 
-    body = climb_summary(climb)
+    body = climb.table()
     key = sha256_bytes(canonical_json({"report": built.ref.digest, "climb": body, "code": REPORT_VERSION}))
     if known := store.recall(KIND, key):
         return _opened(store, known[0], known[1], reused=True)
@@ -215,28 +216,8 @@ def _evaluate(
 
     dtype = hardware.compute_dtype(home)
     evaluation = spec.evaluation
-    directory = store.open(dataset)
-    train_rows = load_rows(directory, "train")
-    rows = select_rows(load_rows(directory, "evaluation"), evaluation.max_rows)
-    columns = list(dict.fromkeys(c for named in spec.prompt.columns().values() for c in named))
-    must_pass = load_must_pass(root / evaluation.must_pass, columns) if evaluation.must_pass else []
-
-    def run(
-        base: "Base", arms: list[Arm], asked_with: Mapping[str, Any] | None = None
-    ) -> tuple[list[Row], dict[str, list[float] | None]]:
-        return evaluate(
-            base,
-            spec.prompt,
-            evaluation,
-            rows,
-            train_rows,
-            arms,
-            must_pass=must_pass,
-            asked_with=asked_with,
-            store=store,
-            compute=compute,
-            on_progress=on_progress,
-        )
+    questions = _Questions.of(spec, root, store, dataset, compute, on_progress)
+    rows, train_rows, must_pass = questions.rows, questions.train_rows, questions.must_pass
 
     base = load_base(store.open(base_model), dtype)
     base.attach("adapter", store.open(adapter))
@@ -248,7 +229,7 @@ def _evaluate(
         if examples:
             arms.append(Arm("few_shot", examples=examples))
     arms.append(adapter_arm("adapter", adapter, store.open(adapter)))
-    lines, seconds = run(base, arms)
+    lines, seconds = questions.ask(base, arms)
     forgotten = forgetting(base, "adapter") if arms[-1].adapter else 0.0
     revision = base.manifest["revision"]
 
@@ -261,12 +242,7 @@ def _evaluate(
         if champion.base_model is not None:
             del base  # two bases in memory at once may be more than there is
             base = load_base(store.open(champion.base_model), dtype)
-        base.attach("champion", folder)
-        asked = served.get("prompt") or None  # what it was trained on, if today's rows still have it
-        if asked and not all(c in columns for c in _columns(asked)):
-            asked = None
-        arm = adapter_arm("champion", champion.adapter, folder)
-        more, more_seconds = run(base, [arm], asked)
+        more, more_seconds = questions.ask_champion(base, champion.adapter, folder)
         lines, seconds = lines + more, seconds | more_seconds
 
     by_arm = {name: [line for line in lines if line["arm"] == name] for name in seconds}
@@ -299,6 +275,85 @@ def _evaluate(
         "computed_with": compute,
     }
     return lines, decision, seconds, about, known
+
+
+def champion_lines(
+    spec: CustomizationSpec,
+    root: Path,
+    store: ArtifactStore,
+    home: Path,
+    dataset: ArtifactRef,
+    champion: Champion,
+    on_progress: Callable[[str, int, int], None] | None = None,
+) -> list[Row]:
+    """What a champion on a base of its own answers to the evaluation rows: as in the reports that compare
+    with it. Raises what `build_report` raises."""
+    from ml_assets.engine import hardware
+    from ml_assets.engine.loading import load_base
+
+    assert champion.base_model is not None
+    compute = hardware.hardware_class(home)
+    questions = _Questions.of(spec, root, store, dataset, compute, on_progress)
+    base = load_base(store.open(champion.base_model), hardware.compute_dtype(home))
+    return questions.ask_champion(base, champion.adapter, store.open(champion.adapter))[0]
+
+
+@dataclass(frozen=True)
+class _Questions:
+    """The rows of an evaluation, and who keeps the answers to them."""
+
+    spec: CustomizationSpec
+    store: ArtifactStore
+    compute: str
+    train_rows: Sequence[Mapping[str, Any]]
+    rows: Sequence[Mapping[str, Any]]
+    must_pass: Sequence[Mapping[str, Any]]
+    columns: Sequence[str]
+    on_progress: Callable[[str, int, int], None] | None
+
+    @classmethod
+    def of(
+        cls,
+        spec: CustomizationSpec,
+        root: Path,
+        store: ArtifactStore,
+        dataset: ArtifactRef,
+        compute: str,
+        on_progress: Callable[[str, int, int], None] | None,
+    ) -> "_Questions":
+        evaluation, directory = spec.evaluation, store.open(dataset)
+        rows = select_rows(load_rows(directory, "evaluation"), evaluation.max_rows)
+        columns = list(dict.fromkeys(c for named in spec.prompt.columns().values() for c in named))
+        must_pass = load_must_pass(root / evaluation.must_pass, columns) if evaluation.must_pass else []
+        train_rows = load_rows(directory, "train")
+        return cls(spec, store, compute, train_rows, rows, must_pass, columns, on_progress)
+
+    def ask(
+        self, base: "Base", arms: list[Arm], asked_with: Mapping[str, Any] | None = None
+    ) -> tuple[list[Row], dict[str, list[float] | None]]:
+        return evaluate(
+            base,
+            self.spec.prompt,
+            self.spec.evaluation,
+            self.rows,
+            self.train_rows,
+            arms,
+            must_pass=self.must_pass,
+            asked_with=asked_with,
+            store=self.store,
+            compute=self.compute,
+            on_progress=self.on_progress,
+        )
+
+    def ask_champion(
+        self, base: "Base", adapter: ArtifactRef, folder: Path
+    ) -> tuple[list[Row], dict[str, list[float] | None]]:
+        """The champion is asked what it was trained on, if today's rows still have it."""
+        base.attach("champion", folder)
+        asked = read_json(folder / "manifest.json").get("prompt") or None
+        if asked and not all(c in self.columns for c in _columns(asked)):
+            asked = None
+        return self.ask(base, [adapter_arm("champion", adapter, folder)], asked)
 
 
 def _evaluation_rows(store: ArtifactStore, dataset: str) -> set[str]:
