@@ -174,13 +174,13 @@ def with_climb(
     home: Path,
 ) -> BuiltReport:
     """The report of an adapter that the port ladder gave, with all rungs that were tried: the same lines and
-    the same decision. Made once for the same climb."""
+    the same decision. Made once for the same climb; `reused` stays what it is, since nothing is evaluated."""
     from ml_assets.engine import hardware
 
     body = climb.table()
     key = sha256_bytes(canonical_json({"report": built.ref.digest, "climb": body, "code": REPORT_VERSION}))
     if known := store.recall(KIND, key):
-        return _opened(store, known[0], known[1], reused=True)
+        return _opened(store, known[0], known[1], built.reused)
     text = (built.directory / "rows.jsonl").read_text(encoding="utf-8")
     lines = [json.loads(line) for line in text.split("\n") if line]
     ref = _publish(store, built.summary | {"climb": body}, lines)
@@ -190,7 +190,7 @@ def with_climb(
     base_model = ArtifactRef("base_model", about["base_model"])
     once_serving = report_key(spec, root, adapter, dataset, base_model, adapter.digest, compute)
     store.remember(KIND, once_serving, ref, built.record)
-    return _opened(store, ref, built.record, reused=False)
+    return _opened(store, ref, built.record, built.reused)
 
 
 def _opened(store: ArtifactStore, ref: ArtifactRef, record: dict[str, Any], reused: bool) -> BuiltReport:

@@ -23,7 +23,14 @@ from ml_assets.spec import CustomizationSpec
 
 DEVICES = ["light", "lamp", "window", "door", "radio", "oven", "fan", "heater"]
 ROOMS = ["kitchen", "bedroom", "living room", "hall", "office", "attic", "cellar", "garden"]
-RECIPE = {"rank": 8, "steps": 60, "batch_tokens": 512, "learning_rate": 0.01, "targets": "all-linear"}
+RECIPE = {
+    "rank": 8,
+    "alpha": 32.0,
+    "steps": 60,
+    "batch_tokens": 512,
+    "learning_rate": 0.01,
+    "targets": "all-linear",
+}
 
 
 def specification(

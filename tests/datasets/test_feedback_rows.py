@@ -282,3 +282,25 @@ def test_whatever_is_said_the_source_stays_and_the_order_does_not_matter(
 def test_same_answer() -> None:
     assert same_answer('{"a": 1, "b": 2}', '{"b": 2,\n"a": 1}') and same_answer(" on\n", "on")
     assert not same_answer("on", "off") and not same_answer('{"a": 1}', '{"a": 2}')
+
+
+def test_failures_in_production_are_remembered_newest_first(tmp_path: Path, store: ArtifactStore) -> None:
+    from ml_assets.datasets.failures import production_failures
+
+    said = Said()
+    for text in NEW[:6]:
+        said.add(text, "off")
+    built = build(tmp_path, store, said)
+    rows = rows_of(store, built)
+    failures = production_failures(rows, 20)
+    assert failures and {row["_origin"] for row in failures} == {"feedback"}
+    assert len({row["_row"] for row in failures}) == len(failures)
+    numbers = [int(row["_said"]) for row in failures]
+    assert numbers == sorted(numbers, reverse=True)
+    assert production_failures(rows, 2) == failures[:2] and production_failures(rows, 0) == []
+    said.add(NEW[6], "on")
+    later = production_failures(rows_of(store, build(tmp_path, store, said)), 20)
+    assert {row["_row"] for row in failures} <= {row["_row"] for row in later}
+    kept = production_failures(rows_of(store, build(tmp_path, store)), 20)
+    assert {row["_row"] for row in kept} <= {row["_row"] for row in later}
+    assert {row["_split"] for row in kept} <= {"evaluation"}, "training rows go with the feedback"

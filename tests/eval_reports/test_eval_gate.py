@@ -296,3 +296,111 @@ def test_any_rows_give_a_json_decision_that_is_not_careless(
         assert sum(entry[0] for entry in judged) > sum(entry[1] for entry in judged)
     if not any(entry[0] for entry in judged):
         assert decision.verdict != "promote"
+
+
+# -- several looks -------------------------------------------------------------------------------------
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    looks=st.integers(1, 6),
+    rows=st.sampled_from([60, 150, 400]),
+    flips=st.sampled_from([0.03, 0.1, 0.3]),
+    alpha=st.sampled_from([0.05, 0.1]),
+    margin=st.sampled_from([0.02, 0.05]),
+)
+def test_all_looks_together_promote_a_worse_candidate_at_most_as_often_as_one_may(
+    looks: int, rows: int, flips: float, alpha: float, margin: float
+) -> None:
+    """Exact, by enumeration: whatever the candidates have to do with each other, the chance that any of them
+    is promoted is at most the sum of theirs."""
+    from ml_assets.eval_reports.gate import share_alpha
+    from ml_assets.eval_reports.statistics import claim_probability
+
+    evaluation = specification(gate={"alpha": alpha, "margin": margin})
+    shared = share_alpha(evaluation, looks).gate.alpha
+    loss = (flips + margin) / 2
+    one = claim_probability(rows, loss - margin, loss, -margin, shared) if loss > margin else 0.0
+    assert looks * one <= alpha + 1e-9
+
+
+@pytest.mark.parametrize("looks", [1, 2, 5])
+def test_a_decision_says_how_many_looks_share_its_error(looks: int) -> None:
+    evaluation = specification(gate={"margin": 0.05})
+    rows = make_rows(400, 1)
+    arms = [lines("adapter", champion, rows, evaluation, 1), lines("champion", champion, rows, evaluation, 1)]
+    decision = decide(*arms, evaluation, against="champion", looks=looks)
+    assert decision.looks == looks and decision.alpha == pytest.approx(0.05 / looks)
+    assert any("looks at these rows" in note for note in decision.notes) == (looks > 1)
+    one = decide(*arms, evaluation, against="champion")
+    assert decision.difference is not None and one.difference is not None
+    assert decision.difference.lower <= one.difference.lower
+    assert decision.flips == one.flips and decision.value == one.value, "what only refuses keeps all of alpha"
+
+
+def test_no_look_is_no_look() -> None:
+    rows = lines("adapter", good, make_rows(5, 0), specification(), 0)
+    with pytest.raises(ValueError, match="looks: expected at least 1, found 0"):
+        decide(rows, rows, specification(), against="champion", looks=0)
+
+
+# -- failure memory ------------------------------------------------------------------------------------
+
+
+def remembered(
+    now: list[bool], before: list[bool], side: str, against: str = "champion"
+) -> tuple[Decision, list[str]]:
+    """A decision on many rows that do not matter, and some that failed in production; and their names."""
+    evaluation = specification(gate={"margin": 0.2, "max_negative_flips": 1.0})
+    rows, failed = make_rows(300, 1), make_rows(len(now), 77)
+
+    def arm(name: str, rights: list[bool]) -> list[Row]:
+        right, wrong = skilled(2.0), skilled(-1.0)
+        found = lines(name, right, rows, evaluation, 1)
+        for row, is_right in zip(failed, rights, strict=True):
+            (line,) = lines(name, right if is_right else wrong, [row], evaluation, 1)
+            found.append(line | {"failed": side, "sampled": False})
+        return found
+
+    reference = "champion" if against == "champion" else "few_shot"
+    decision = decide(
+        arm("adapter", now),
+        arm(reference, before),
+        evaluation,
+        against=against,  # type: ignore[arg-type]
+    )
+    return decision, [row["_row"] for row in failed]
+
+
+def test_what_failed_in_production_and_could_be_learned_must_be_right() -> None:
+    decision, (row, *_) = remembered([False, True], [False, False], "trained")
+    assert decision.verdict == "reject" and decision.must_pass["wrong"] == [row]
+    assert any(reason.startswith("must-pass: 1 of 2 rows") for reason in decision.reasons)
+    assert remembered([True, True], [False, False], "trained")[0].verdict == "promote"
+
+
+def test_what_was_fixed_must_not_fail_again() -> None:
+    for side in ("trained", "held_out"):
+        decision, (row, *_) = remembered([False, True], [True, True], side)
+        assert decision.verdict == "reject" and decision.must_pass["wrong"] == [row]
+
+
+def test_a_failure_that_nobody_could_learn_waits() -> None:
+    decision, (row, *_) = remembered([False, True], [False, False], "held_out")
+    assert decision.verdict == "promote"
+    assert decision.must_pass == {"rows": 0, "wrong": [], "failures": 2, "open": [row]}
+
+
+def test_a_flood_of_wrong_feedback_does_not_block_every_candidate() -> None:
+    decision, rows = remembered([False] * 15 + [True] * 5, [False] * 20, "trained")
+    assert decision.verdict == "promote" and sorted(decision.must_pass["open"]) == sorted(rows[:15])
+    assert any("15 of 20 rows that were to be learned" in note for note in decision.notes)
+    # but what the champion has right by now is not given up for it
+    decision, rows = remembered([False] * 20, [False] * 19 + [True], "trained")
+    assert decision.verdict == "reject" and decision.must_pass["wrong"] == [rows[19]]
+    # and one or two that are wrong again are the candidate's own
+    assert remembered([False] * 2 + [True] * 2, [False] * 4, "trained")[0].verdict == "reject"
+
+
+def test_the_first_release_is_not_held_to_what_a_prompt_gets_right() -> None:
+    assert remembered([False, True], [True, True], "held_out", against="base")[0].verdict != "reject"
