@@ -93,6 +93,7 @@ class Run:
         self.workers: dict[str, Worker] = {}
         self.missing: dict[str, str] = {}
         self.rates: list[dict[str, float]] = []
+        self.examples: list[dict[str, Any]] = []
         self.losses: dict[str, float] = {}
         self.memory: dict[str, int] = {}
 
