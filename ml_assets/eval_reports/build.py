@@ -5,17 +5,19 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from ml_assets.artifacts import (
     ArtifactError,
     ArtifactRef,
     ArtifactStore,
     canonical_json,
+    read_json,
     sha256_bytes,
     sha256_file,
 )
 from ml_assets.datasets.snapshot import load_rows
+from ml_assets.engine.examples import is_prompted, read_examples
 from ml_assets.eval_reports.gate import Decision, better_arm, decide
 from ml_assets.eval_reports.metrics import resolve_callable
 from ml_assets.eval_reports.report import arm_title, render_html, render_markdown, summarize
@@ -172,7 +174,7 @@ def _evaluate(
     on_progress: Callable[[str, int, int], None] | None,
 ) -> tuple[list[Row], Decision, dict[str, list[float] | None], dict[str, Any], set[str]]:
     from ml_assets.engine import hardware
-    from ml_assets.engine.loading import load_base, read_json
+    from ml_assets.engine.loading import load_base
 
     dtype = hardware.compute_dtype(home)
     evaluation = spec.evaluation
@@ -208,9 +210,9 @@ def _evaluate(
         examples = fitting_examples(base, spec.prompt, [*rows, *must_pass], examples, tokens)
         if examples:
             arms.append(Arm("few_shot", examples=examples))
-    arms.append(Arm("adapter", "adapter", adapter.digest, labels=_labels(base.adapters["adapter"])))
+    arms.append(_arm("adapter", adapter, store.open(adapter)))
     lines, seconds = run(base, arms)
-    forgotten = forgetting(base, "adapter")
+    forgotten = forgetting(base, "adapter") if arms[-1].adapter else 0.0
     revision = base.manifest["revision"]
 
     served: dict[str, Any] = {}
@@ -226,7 +228,7 @@ def _evaluate(
         asked = served.get("prompt") or None  # what it was trained on, if today's rows still have it
         if asked and not all(c in columns for c in _columns(asked)):
             asked = None
-        arm = Arm("champion", "champion", champion.adapter.digest, labels=_labels(served))
+        arm = _arm("champion", champion.adapter, folder)
         more, more_seconds = run(base, [arm], asked)
         lines, seconds = lines + more, seconds | more_seconds
 
@@ -267,6 +269,15 @@ def _evaluation_rows(store: ArtifactStore, dataset: str) -> set[str]:
     except ArtifactError:
         return set()
     return {row["_row"] for row in rows}
+
+
+def _arm(name: Literal["adapter", "champion"], ref: ArtifactRef, directory: Path) -> Arm:
+    """The arm of an adapter that is attached under the arm's name. One without weights is its base with
+    examples: what the base answered before to the same prompts need not be computed again."""
+    manifest = read_json(directory / "manifest.json")
+    if is_prompted(manifest):
+        return Arm(name, labels=_labels(manifest), shots=read_examples(directory, manifest))
+    return Arm(name, name, ref.digest, labels=_labels(manifest))
 
 
 def _labels(manifest: Mapping[str, Any]) -> list[str]:
