@@ -3,6 +3,7 @@
 import contextlib
 import os
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +106,22 @@ class Base:
         works from its invocation on in `forward`, `generation` and `scoring`, on every token elsewhere."""
         with self.lora.routed(Route(() if name is None else (name,))):
             yield
+
+
+@dataclass(frozen=True)
+class Reader:
+    """What tokenizes conversations as a base does, without its weights."""
+
+    chat: ChatFormat
+
+
+def load_reader(directory: Path) -> Reader:
+    """How the base model artifact in `directory` tokenizes conversations."""
+    quiet()
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+    return Reader(ChatFormat(tokenizer, read_json(directory / "manifest.json").get("eos_token_ids", ())))
 
 
 def load_base(directory: Path, dtype: torch.dtype | None = None) -> Base:
