@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 import dagster as dg
-from dagster._core.events import DagsterEvent
+from dagster._core.events import DagsterEvent, EngineEventData
 from dagster._core.execution.context.system import PlanOrchestrationContext
 from dagster._core.execution.plan.plan import ExecutionPlan
 from dagster._core.execution.plan.step import ExecutionStep
@@ -44,7 +44,8 @@ class ByValueExecutor(InProcessExecutor):
             with LedgerResource().opened() as ledger:
                 order = carried_out_in_order(DecisionBook(ledger), partition, names)
             set_priorities(execution_plan, order)
-            yield DagsterEvent.engine_event(plan_context, f"By value at stake: {', '.join(order)}")
+            text = f"By value at stake: {', '.join(order)}"
+            yield DagsterEvent.engine_event(plan_context, text, EngineEventData())
         yield from super().execute(plan_context, execution_plan)
 
 

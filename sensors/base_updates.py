@@ -117,7 +117,7 @@ def build_base_updates_sensor(
             raise BaseModelError("; ".join(failed))
         for problem in failed:
             context.log.error(problem)
-        lines += [f"unchanged: {', '.join(unchanged)}"] if unchanged else []
+        lines += [f"unchanged: {', '.join(unchanged)}"] if unchanged and not lines else []
         lines += [f"still being downloaded or hashed: {', '.join(lookups)}"] if lookups else []
         text = shorten("; ".join(lines) or "no base model is declared")
         if requests:
@@ -172,10 +172,13 @@ def _stopped(fleet: Fleet, revision: str, run_id: str, reason: str | None) -> st
 
 
 def _page_state(fleet: Fleet) -> str | None:
-    """Changes when the page of the plan does; None before the first plan."""
+    """Changes when the page of the plan is to be made again: for new decisions, and once those under way have
+    ended, for what became of them and what serves. None before the first plan."""
     histories = fleet.book.migrations()
     if not histories:
         return None
+    if any(history.claimed and history.is_open for history in histories):
+        return sha256_bytes(canonical_json(sorted(history.decision.id for history in histories)))[:16]
     states = sorted([history.decision.id, history.state] for history in histories)
     serving = sorted([name, release.adapter_digest] for name, release in fleet.serving.items())
     return sha256_bytes(canonical_json([states, serving]))[:16]

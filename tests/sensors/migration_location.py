@@ -3,7 +3,7 @@ were made.
 
 The family `tiny` is the folder EVERGREEN_HOME/base, any files in the Hugging Face layout. Files in
 EVERGREEN_HOME say what happens: `failed_checks` holds the names of checks that fail, `fail_<customization>`
-fails its adapter, `kill` holds `<moment> <process id>`: that process is killed when the moment comes. The
+fails its adapter, `kill` holds `<moment> <process ids>`: these are killed when the moment comes. The
 moments: `planned`, `claimed`, `started` (a tick has done that, and its answer never arrives), and the name of
 a customization (its adapter is being made).
 """
@@ -52,8 +52,9 @@ def kill(moment: str) -> None:
     path = home() / "kill"
     if path.exists() and (wanted := path.read_text().split())[0] == moment:
         path.unlink()
-        os.kill(int(wanted[1]), signal.SIGKILL)
-        time.sleep(5)  # if it is not this process: nothing else is done before it is gone
+        for process in wanted[1:]:  # 0: the process that does this
+            os.kill(int(process) or os.getpid(), signal.SIGKILL)
+        time.sleep(5)  # nothing else is done before it is gone
 
 
 def base_model() -> dg.AssetsDefinition:
