@@ -12,11 +12,13 @@ from ml_assets.adapters.incremental import NoUpdate, plan_update, update_recipe
 from ml_assets.adapters.kind import resolve_kind
 from ml_assets.adapters.manifest import CODE_VERSION
 from ml_assets.adapters.pictures import loss_curve
+from ml_assets.adapters.prompted import hosted_key, publish_hosted
 from ml_assets.adapters.train import UNTRAINABLE, AdapterInputs, TrainedAdapter, open_inputs, train_adapter
 from ml_assets.artifacts import ArtifactRef, read_json
 from ml_assets.base_models.partitions import BASE_MODELS
 from ml_assets.decisions.meter import metered
 from ml_assets.decisions.tags import run_cost
+from ml_assets.engine.hosted import HostedError, is_hosted
 from ml_assets.settings import Settings
 from ml_assets.spec import CustomizationSpec
 from resources.artifact_store import ARTIFACT_REF, ArtifactStoreResource
@@ -25,6 +27,9 @@ from resources.mlflow_tracking import MlflowTracking, TrackedRun, git_commit
 
 PROGRESS_SECONDS = 10.0
 """Between two progress lines in the Dagster log."""
+
+PAID = ("requests", "money")
+"""What choosing examples for a hosted base took."""
 
 PROJECT_ROOT = Path(__file__).parents[2]
 
@@ -79,8 +84,11 @@ def build_adapter_asset(spec: CustomizationSpec) -> dg.AssetsDefinition:
         settings, store = Settings.from_env(), artifact_store.store()
         inputs = open_inputs(spec, store, base_model, dataset)
         choice = None
+        hosted = is_hosted(inputs.base_manifest)
         try:
-            if config.mode == "incremental":
+            if hosted:
+                context.log.info("a hosted base: its adapter is a prompt with examples, nothing is trained")
+            elif config.mode == "incremental":
                 parent = _champion(mlflow_tracking, spec.name)
                 inputs = replace(inputs, spec=update_recipe(spec))
                 inputs = plan_update(inputs, store, parent, spec.maintenance.replay)
@@ -96,12 +104,15 @@ def build_adapter_asset(spec: CustomizationSpec) -> dg.AssetsDefinition:
         with mlflow_tracking.run(
             customization=spec.name,
             base_revision=context.partition_key,
-            input_key=inputs.key,
+            input_key=(input_key := hosted_key(inputs) if hosted else inputs.key),
             dagster_run_id=context.run.run_id,
             partition=context.partition_key,
             code_version=CODE_VERSION,
             commit=git_commit(PROJECT_ROOT),
-            parameters={**inputs.spec.adapter.model_dump(exclude_none=True), "dataset": dataset.digest},
+            parameters={
+                **(spec.examples if hosted else inputs.spec.adapter).model_dump(exclude_none=True),
+                "dataset": dataset.digest,
+            },
         ) as tracked:
             said = time.monotonic()
 
@@ -120,10 +131,16 @@ def build_adapter_asset(spec: CustomizationSpec) -> dg.AssetsDefinition:
             cost = run_cost(context.run, spec.name, kind, context.partition_key)
             try:
                 with metered(ledger.decisions, cost, settings.device_second_price) as meter:
-                    trained = train_adapter(inputs, store, settings.home, on_progress=tell)
+                    if hosted:
+                        trained = publish_hosted(inputs, store, settings.home, context.log.info)
+                        meter.money = 0.0 if trained.reused else trained.record["money"]
+                    else:
+                        trained = train_adapter(inputs, store, settings.home, on_progress=tell)
                     meter.read(0 if trained.reused else trained.record["seconds"], rows)
             except UNTRAINABLE as error:
                 raise dg.Failure(str(error), allow_retries=False) from error
+            except HostedError as error:
+                raise dg.Failure(str(error), allow_retries=error.transient) from error
             if trained.reused:
                 context.log.info(f"{trained.ref}: these inputs were trained before, nothing to do")
             directory = store.open(trained.ref)
@@ -133,7 +150,7 @@ def build_adapter_asset(spec: CustomizationSpec) -> dg.AssetsDefinition:
                 spec.name,
                 tracked.run_id,
                 trained.ref.digest,
-                {"base_revision": context.partition_key, "input_key": inputs.key},
+                {"base_revision": context.partition_key, "input_key": input_key},
             )
             return dg.MaterializeResult(
                 value=trained.ref,
@@ -142,7 +159,7 @@ def build_adapter_asset(spec: CustomizationSpec) -> dg.AssetsDefinition:
                     **_metadata(trained, directory),
                     "mlflow_run": dg.MetadataValue.url(tracked.url),
                     "mlflow_version": version.version,
-                    "input_key": inputs.key,
+                    "input_key": input_key,
                     **({"kind_choice": dg.MetadataValue.json(choice)} if choice else {}),
                 },
                 check_results=adapter_checks(key, trained.record["losses"]),
@@ -195,6 +212,8 @@ def _metadata(trained: TrainedAdapter, directory: Path) -> dict[str, dg.Metadata
         **({"final_loss": dg.MetadataValue.float(record["losses"][-1])} if record["losses"] else {}),
         "kind": dg.MetadataValue.text(manifest["kind"]),
         **({"update": dg.MetadataValue.json(manifest["update"])} if manifest.get("update") else {}),
+        **({"search": dg.MetadataValue.json(manifest["search"])} if manifest.get("search") else {}),
+        **({name: dg.MetadataValue.float(float(record[name])) for name in PAID if name in record}),
         "steps": dg.MetadataValue.int(manifest["steps"]),
         "trained_tokens": dg.MetadataValue.int(manifest["trained_tokens"]),
         "device_seconds": dg.MetadataValue.float(record["seconds"]),

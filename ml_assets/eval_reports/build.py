@@ -18,6 +18,7 @@ from ml_assets.artifacts import (
 )
 from ml_assets.datasets.snapshot import load_rows
 from ml_assets.engine.examples import is_prompted, read_examples
+from ml_assets.engine.hosted import HostedModel, open_base
 from ml_assets.eval_reports.gate import Decision, better_arm, decide
 from ml_assets.eval_reports.metrics import resolve_callable
 from ml_assets.eval_reports.report import arm_title, render_html, render_markdown, summarize
@@ -53,7 +54,8 @@ class Champion:
 
 @dataclass(frozen=True)
 class BuiltReport:
-    """A published report. `record` is what may differ between two computations of it: seconds per answer."""
+    """A published report. `record` is what may differ between two computations of it: `seconds` per answer,
+    and what was sent to `hosted` bases ({revision: {"requests", "money"}})."""
 
     ref: ArtifactRef
     directory: Path
@@ -131,9 +133,10 @@ def build_report(
         champion = None
 
     hardware.prepare_process()
+    spent: dict[str, dict[str, float]] = {}
     with hardware.computing(home):
         lines, decision, seconds, about, known = _evaluate(
-            spec, root, store, home, compute, adapter, dataset, base_model, champion, on_progress
+            spec, root, store, home, compute, adapter, dataset, base_model, champion, on_progress, spent
         )
     summary = summarize(lines, spec.evaluation, decision, about, known)
     text = "".join(json.dumps(line, ensure_ascii=False, sort_keys=True) + "\n" for line in lines)
@@ -147,7 +150,7 @@ def build_report(
             "report.html": render_html(summary, lines).encode(),
         },
     )
-    record = {"seconds": seconds}
+    record = {"seconds": seconds, "hosted": spent}
     store.remember(KIND, key, ref, record)
     once_serving = report_key(spec, root, adapter, dataset, base_model, adapter.digest, compute)
     store.remember(KIND, once_serving, ref, record)
@@ -172,9 +175,9 @@ def _evaluate(
     base_model: ArtifactRef,
     champion: Champion | None,
     on_progress: Callable[[str, int, int], None] | None,
+    spent: dict[str, dict[str, float]],
 ) -> tuple[list[Row], Decision, dict[str, list[float] | None], dict[str, Any], set[str]]:
     from ml_assets.engine import hardware
-    from ml_assets.engine.loading import load_base
 
     dtype = hardware.compute_dtype(home)
     evaluation = spec.evaluation
@@ -185,7 +188,7 @@ def _evaluate(
     must_pass = load_must_pass(root / evaluation.must_pass, columns) if evaluation.must_pass else []
 
     def run(
-        base: "Base", arms: list[Arm], asked_with: Mapping[str, Any] | None = None
+        base: "Base | HostedModel", arms: list[Arm], asked_with: Mapping[str, Any] | None = None
     ) -> tuple[list[Row], dict[str, list[float] | None]]:
         return evaluate(
             base,
@@ -201,7 +204,7 @@ def _evaluate(
             on_progress=on_progress,
         )
 
-    base = load_base(store.open(base_model), dtype)
+    base = open_base(store.open(base_model), home, dtype)
     base.attach("adapter", store.open(adapter))
     arms = [Arm("zero_shot")]
     if evaluation.few_shot:
@@ -212,7 +215,8 @@ def _evaluate(
             arms.append(Arm("few_shot", examples=examples))
     arms.append(_arm("adapter", adapter, store.open(adapter)))
     lines, seconds = run(base, arms)
-    forgotten = forgetting(base, "adapter") if arms[-1].adapter else 0.0
+    forgotten = 0.0 if isinstance(base, HostedModel) or not arms[-1].adapter else forgetting(base, "adapter")
+    _note(spent, base)
     revision = base.manifest["revision"]
 
     served: dict[str, Any] = {}
@@ -223,13 +227,14 @@ def _evaluate(
         known = _evaluation_rows(store, served["dataset"])
         if champion.base_model is not None:
             del base  # two bases in memory at once may be more than there is
-            base = load_base(store.open(champion.base_model), dtype)
+            base = open_base(store.open(champion.base_model), home, dtype)
         base.attach("champion", folder)
         asked = served.get("prompt") or None  # what it was trained on, if today's rows still have it
         if asked and not all(c in columns for c in _columns(asked)):
             asked = None
         arm = _arm("champion", champion.adapter, folder)
         more, more_seconds = run(base, [arm], asked)
+        _note(spent, base)
         lines, seconds = lines + more, seconds | more_seconds
 
     by_arm = {name: [line for line in lines if line["arm"] == name] for name in seconds}
@@ -260,6 +265,12 @@ def _evaluate(
         "computed_with": compute,
     }
     return lines, decision, seconds, about, known
+
+
+def _note(spent: dict[str, dict[str, float]], base: "Base | HostedModel") -> None:
+    """What was sent to a hosted base, and what it cost."""
+    if isinstance(base, HostedModel) and base.sent:
+        spent[base.manifest["revision"]] = {"requests": base.sent, "money": round(base.money, 6)}
 
 
 def _evaluation_rows(store: ArtifactStore, dataset: str) -> set[str]:
