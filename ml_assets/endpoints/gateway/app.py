@@ -413,22 +413,21 @@ class _Call:
         self._traffic.put(record)
 
     async def _submit(self, version: Version, asked: ChatRequest) -> Generation:
-        messages = version.conversation([message.plain() for message in asked.messages])
         try:
-            prompt = await run_in_threadpool(version.text.encode, messages)
+            put = await run_in_threadpool(version.ask, [message.plain() for message in asked.messages])
         except jinja2.TemplateError as error:
             message = f"messages: the chat template of {version.base_revision} refuses them: {error}"
             raise ApiError(400, "invalid_messages", message, param="messages") from error
         context = version.text.context_length
         limit = min(version.max_prompt_tokens or context, context - 1)
-        if len(prompt) > limit:
-            message = f"messages: {len(prompt)} tokens, {version.customization!r} takes at most {limit}"
+        if put.own > limit:
+            message = f"messages: {put.own} tokens, {version.customization!r} takes at most {limit}"
             raise ApiError(413, "context_length_exceeded", message, param="messages")
         wanted = [asked.max_tokens, asked.max_completion_tokens]
-        limits = [version.max_new_tokens, context - len(prompt)]
+        limits = [version.max_new_tokens, context - put.tokens]
         generation = self._engine.submit(
             version,
-            prompt,
+            put.prompt,
             min(n for n in [*wanted, *limits] if n is not None),
             temperature=asked.temperature or 0.0,
             top_p=1.0 if asked.top_p is None else asked.top_p,
@@ -436,7 +435,7 @@ class _Call:
             stops=asked.stops(),
             seconds=asked.timeout,
         )
-        self._prompt_tokens = len(prompt)
+        self._prompt_tokens = put.tokens
         return generation
 
     async def _count(self, generation: Generation) -> AsyncIterator[Piece]:

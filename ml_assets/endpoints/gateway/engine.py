@@ -24,6 +24,7 @@ from ml_assets.artifacts import ArtifactError, ArtifactRef, ArtifactStore
 from ml_assets.endpoints.gateway.errors import ApiError
 from ml_assets.endpoints.gateway.live import KV_BYTES, PREFIX_BYTES, SHARE, Live
 from ml_assets.endpoints.gateway.text import Detokenizer, StopStrings
+from ml_assets.engine.examples import Examples, is_prompted, read_examples
 from ml_assets.settings import EngineName, Settings
 from ml_assets.spec import template_columns
 
@@ -69,6 +70,17 @@ class LoadedBase(BaseText):
     base: "Base" = field(kw_only=True)
 
 
+@dataclass(frozen=True)
+class Asked:
+    """A conversation as the model gets it: `messages`, examples included, and their tokens. `own` counts the
+    tokens without the examples."""
+
+    messages: list[Mapping[str, str]]
+    prompt: list[int]
+    tokens: int
+    own: int
+
+
 @dataclass(eq=False)
 class Version:
     """One adapter on one base, for one customization."""
@@ -82,6 +94,8 @@ class Version:
     engine: EngineName | None = None
     loaded: BaseText | None = None
     system: str | None = None
+    examples: Examples = field(default_factory=Examples)
+    """Of an adapter that has them instead of weights."""
     labels: dict[str, list[int]] = field(default_factory=dict)
     """Where it answers by scoring labels: those, with their tokens."""
     fingerprint: dict[str, Any] = field(default_factory=dict)
@@ -126,6 +140,26 @@ class Version:
         if self.system and not any(message["role"] == "system" for message in messages):
             return [{"role": "system", "content": self.system}, *messages]
         return list(messages)
+
+    def ask(self, messages: Sequence[Mapping[str, str]]) -> Asked:
+        """What the model gets to read; for any thread. Examples that leave no room for the answer are left
+        out. Raises jinja2.TemplateError when the chat template refuses the messages."""
+        conversation = self.conversation(messages)
+        prompt = self.text.encode(conversation)
+        own = len(prompt)
+        if self.examples:
+            conversation = self.shown(conversation)
+            prompt = self.text.encode(conversation)
+        return Asked(conversation, prompt, len(prompt), own)
+
+    def shown(self, conversation: Sequence[Mapping[str, str]]) -> list[Mapping[str, str]]:
+        """A conversation, its system message included, with the examples that fit."""
+        if not self.examples:
+            return list(conversation)
+        text = self.text
+        return self.examples.before(
+            conversation, lambda longer: len(text.encode(longer)), text.context_length
+        )
 
 
 @dataclass(frozen=True)
@@ -480,6 +514,7 @@ class Engine:
             message = f"base {version.base_digest[:12]}: revision is {revision!r}, "
             raise ApiError(409, "incompatible_adapter", f"{message}expected {version.base_revision!r}")
         version.fingerprint = _checked_fingerprint(manifest, adapter)
+        version.examples = read_examples(adapter, manifest)
         system = (manifest.get("prompt") or {}).get("system")
         version.system = system if system and not template_columns(system) else None
         if version.engine == "vllm":
@@ -534,7 +569,8 @@ class Engine:
 
         measured: dict[str, list[float]] = {"with": [], "without": []}
         for probe in version.fingerprint["probes"]:
-            measured["with"].append(self._compute(lambda probe=probe: one(probe, name)))
+            shown = probe | {"messages": version.shown(probe["messages"])}
+            measured["with"].append(self._compute(lambda probe=shown: one(probe, name)))
             measured["without"].append(self._compute(lambda probe=probe: one(probe, None)))
         version.measured = measured
 
@@ -780,7 +816,7 @@ def _checked_fingerprint(manifest: Mapping[str, Any], directory: Path) -> dict[s
     try:
         fingerprint = manifest["fingerprint"]
         effect = max(abs(probe["with"] - probe["without"]) for probe in fingerprint["probes"])
-        if not effect > 2 * fingerprint["tolerance"]:
+        if not effect > 2 * fingerprint["tolerance"] and not is_prompted(manifest):
             message = f"fingerprint: no probe tells the adapter from its base (largest effect {effect})"
             raise ArtifactError(f"{path}: {message}")
         return fingerprint
