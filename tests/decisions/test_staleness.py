@@ -66,6 +66,23 @@ def test_an_accepted_adapter_that_does_not_serve_is_released() -> None:
     assert actions(make_spec(), notes(accepted=accepted), withdrawn) == [], "somebody chose that nothing does"
 
 
+def test_a_move_to_another_base_revision_waits_for_a_person_where_the_yaml_says_so() -> None:
+    def decided(revision: str, adapter: str = "n" * 64, now: str = NOW, move: str = "manual") -> list[Decision]:
+        facts = notes()["accepted"].value | {"adapter": adapter, "base_revision": revision}
+        spec = make_spec(migration={"move": move})
+        policy = Policy.of(spec, Settings.from_env())
+        found = find_stale(spec, notes(accepted=Note(facts, ago(hours=2))), RELEASE, now)
+        return [to_decision("home", one, "d", RELEASE, policy, None, NOTHING, NOTHING) for one in found]
+
+    (waits,) = decided("tiny@000000000002")
+    assert (waits.action, waits.status) == ("release", "record_only")
+    assert "waits for a person who materializes home/endpoint" in waits.reason
+    (tomorrow,) = decided("tiny@000000000002", now=ago(days=-1))
+    assert tomorrow.id == waits.id, "it is written down once"
+    assert [one.status for one in decided("tiny@000000000002", move="automatic")] == ["to_do"]
+    assert [one.status for one in decided(REVISION)] == ["to_do"], "the same base revision is no move"
+
+
 def test_an_adapter_that_is_judged_again_and_not_accepted_is_accepted_no_more(tmp_path: Path) -> None:
     book = DecisionBook(Ledger(f"sqlite:///{tmp_path}/l.db"))
     facts = {"adapter": "n", "base_revision": REVISION, "dataset": "d", "source_version": "v1"}
