@@ -7,9 +7,11 @@ import pytest
 from maintenance_world import ADAPTER, NOW, REVISION, make_policy, make_release, make_spec
 
 from ml_assets.decisions.book import DecisionBook
-from ml_assets.decisions.records import NOTHING, Note, Spent
+from ml_assets.decisions.diagnosis import Policy
+from ml_assets.decisions.records import NOTHING, Decision, Note, Spent
 from ml_assets.decisions.staleness import find_stale, note_candidate, observe_due, to_decision
 from ml_assets.endpoints.ledger import Ledger
+from ml_assets.settings import Settings
 
 
 def ago(**delta: float) -> str:
@@ -67,7 +69,9 @@ def test_an_accepted_adapter_that_does_not_serve_is_released() -> None:
 
 
 def test_a_move_to_another_base_revision_waits_for_a_person_where_the_yaml_says_so() -> None:
-    def decided(revision: str, adapter: str = "n" * 64, now: str = NOW, move: str = "manual") -> list[Decision]:
+    def decided(
+        revision: str, adapter: str = "n" * 64, now: str = NOW, move: str = "manual"
+    ) -> list[Decision]:
         facts = notes()["accepted"].value | {"adapter": adapter, "base_revision": revision}
         spec = make_spec(migration={"move": move})
         policy = Policy.of(spec, Settings.from_env())
