@@ -101,9 +101,10 @@ def build_endpoint_asset(spec: CustomizationSpec) -> dg.AssetsDefinition:
                     )
                     challenger = mlflow_tracking.get_alias(spec.name, CHALLENGER)
                     if challenger and not may_move(spec, challenger, current, context.run.tags):
+                        revision = challenger.tags["base_revision"]
                         context.log.info(
-                            f"version {challenger.version} on {challenger.tags['base_revision']} was accepted "
-                            "and waits for a person who materializes this asset (migration.move is manual)"
+                            f"version {challenger.version} on {revision} was accepted and waits for a person "
+                            "who materializes this asset (migration.move is manual)"
                         )
                         challenger = None
                     if challenger and (not current or challenger.adapter_digest != current.adapter_digest):
