@@ -12,7 +12,8 @@ from urllib.parse import unquote, urlsplit
 
 class Hub:
     """Serves `repos`: {"owner/name": {40-hex revision: directory}}, and `branches`: {name: revision}, the
-    same for all. Repositories in `private` need the token `secret`. `requests` holds "METHOD path" of all requests, `fail` answers them all with 503."""
+    same for all. Repositories in `private` need the token `secret`. `requests` holds "METHOD path" of all
+    requests, `fail` answers them all with 503."""
 
     def __init__(self, endpoint: str):
         self.endpoint = endpoint
