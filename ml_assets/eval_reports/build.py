@@ -177,9 +177,6 @@ def _evaluate(
     on_progress: Callable[[str, int, int], None] | None,
     spent: dict[str, dict[str, float]],
 ) -> tuple[list[Row], Decision, dict[str, list[float] | None], dict[str, Any], set[str]]:
-    from ml_assets.engine import hardware
-
-    dtype = hardware.compute_dtype(home)
     evaluation = spec.evaluation
     directory = store.open(dataset)
     train_rows = load_rows(directory, "train")
@@ -204,7 +201,7 @@ def _evaluate(
             on_progress=on_progress,
         )
 
-    base = open_base(store.open(base_model), home, dtype)
+    base = open_base(store.open(base_model), home)
     base.attach("adapter", store.open(adapter))
     arms = [Arm("zero_shot")]
     if evaluation.few_shot:
@@ -227,7 +224,7 @@ def _evaluate(
         known = _evaluation_rows(store, served["dataset"])
         if champion.base_model is not None:
             del base  # two bases in memory at once may be more than there is
-            base = open_base(store.open(champion.base_model), home, dtype)
+            base = open_base(store.open(champion.base_model), home)
         base.attach("champion", folder)
         asked = served.get("prompt") or None  # what it was trained on, if today's rows still have it
         if asked and not all(c in columns for c in _columns(asked)):
