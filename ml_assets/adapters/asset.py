@@ -84,7 +84,7 @@ def build_adapter_asset(spec: CustomizationSpec, root: Path) -> dg.AssetsDefinit
         owners=spec.owners,
         kinds={"pytorch", "huggingface"},
         tags={"customization": spec.name},
-        code_version=spec.version(f"{CODE_VERSION}{how}", "adapter", "prompt"),
+        code_version=spec.version(f"{CODE_VERSION}{how}", "adapter", "prompt", "examples"),
         pool="device",
         dagster_type=ARTIFACT_REF,
         check_specs=check_specs(key),

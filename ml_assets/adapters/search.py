@@ -81,7 +81,8 @@ def ways_of(spec: CustomizationSpec, pool: Sequence[Row], sets: int) -> list[Way
 
 
 def _seeds(seed: int, n: int) -> list[int]:
-    return [seed, *(random.Random(seed).randrange(2**31) for _ in range(n - 1))][:n]
+    drawn = random.Random(seed)
+    return [seed, *(drawn.randrange(2**31) for _ in range(n - 1))][:n]
 
 
 def requests_of(ways: int, rows: int) -> int:

@@ -126,7 +126,7 @@ def probe(source: HostedBase, secret: Secret, log: Callable[[str], None] = lambd
         "identity": content,
         "source": source.model_dump(mode="json"),
         "listed": listing,
-        "dialect": dataclasses.asdict(provider.dialect),
+        "dialect": {"limit": provider.dialect.limit, "optional": list(provider.dialect.optional)},
         "architecture": "hosted",
         "model_type": "hosted",
         "context_length": source.context_length,

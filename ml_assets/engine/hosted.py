@@ -484,11 +484,12 @@ def estimate_answer(manifest: Mapping[str, Any], text: str) -> int:
     return math.ceil(len(text.encode("utf-8", "replace")) / (0.75 * manifest["bytes_per_token"])) + 1
 
 
-def open_base(directory: Path, home: Path, dtype: Any = None) -> "Base | HostedModel":
+def open_base(directory: Path, home: Path) -> "Base | HostedModel":
     """A base model artifact, ready to answer: loaded, or by its URL."""
     manifest = read_json(directory / "manifest.json")
     if is_hosted(manifest):
         return HostedModel(manifest, home / "cache" / "hosted")
+    from ml_assets.engine import hardware
     from ml_assets.engine.loading import load_base
 
-    return load_base(directory, dtype)
+    return load_base(directory, hardware.compute_dtype(home))

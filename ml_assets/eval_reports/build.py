@@ -228,14 +228,11 @@ def _evaluate(
     looks: int,
     spent: dict[str, dict[str, float]],
 ) -> tuple[list[Row], Decision, dict[str, list[float] | None], dict[str, Any], set[str]]:
-    from ml_assets.engine import hardware
-
-    dtype = hardware.compute_dtype(home)
     evaluation = spec.evaluation
     questions = _Questions.of(spec, root, store, dataset, compute, on_progress)
     rows, train_rows, must_pass = questions.rows, questions.train_rows, questions.must_pass
 
-    base = open_base(store.open(base_model), home, dtype)
+    base = open_base(store.open(base_model), home)
     base.attach("adapter", store.open(adapter))
     arms = [Arm("zero_shot")]
     if evaluation.few_shot:
@@ -260,7 +257,7 @@ def _evaluate(
         known = _evaluation_rows(store, served["dataset"])
         if champion.base_model is not None:
             del base  # two bases in memory at once may be more than there is
-            base = open_base(store.open(champion.base_model), home, dtype)
+            base = open_base(store.open(champion.base_model), home)
         more, more_seconds = questions.ask_champion(base, champion.adapter, folder)
         _note(spent, base)
         lines, seconds = lines + more, seconds | more_seconds
