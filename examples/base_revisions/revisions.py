@@ -174,7 +174,8 @@ def _make(
     if plan.vocabulary:
         log(f"another tokenizer of {plan.vocabulary} tokens, another architecture")
         new = train_tokenizer(plan.vocabulary, plan.seed)
-        model, tokenizer = as_phi3(model, tokenizer, new), new
+        embeddings = carried_embeddings(model.get_input_embeddings().weight, tokenizer, new)
+        model, tokenizer = as_phi3(model, new, embeddings), new
     train(model, tokenizer, Course(plan.steps, plan.rate, plan.seed), settings, teacher, log)
     shutil.rmtree(directory)
     model.to(torch.bfloat16).save_pretrained(directory)
@@ -266,9 +267,9 @@ def train_tokenizer(vocabulary: int, seed: int) -> Any:
     return tokenizer
 
 
-def as_phi3(model: Any, old: Any, new: Any) -> Any:
+def as_phi3(model: Any, new: Any, embeddings: Any) -> Any:
     """A Phi-3 with the layers of a Llama: it computes the same, in other modules (queries, keys and values in
-    one, gate and up in one). Its embeddings are those of the tokenizer `new`."""
+    one, gate and up in one). `embeddings` (vocabulary, hidden) are for the tokenizer `new`."""
     import torch
     from transformers import Phi3Config, Phi3ForCausalLM
 
@@ -292,7 +293,7 @@ def as_phi3(model: Any, old: Any, new: Any) -> Any:
     )
     made = Phi3ForCausalLM(config).to(device=model.device, dtype=model.dtype)
     state = {
-        "model.embed_tokens.weight": carried_embeddings(model.get_input_embeddings().weight, old, new),
+        "model.embed_tokens.weight": embeddings,
         "model.norm.weight": model.model.norm.weight,
     }
     for i, layer in enumerate(model.model.layers):
