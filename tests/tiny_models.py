@@ -25,10 +25,17 @@ _CORPUS = [
 
 
 def tiny_model(
-    architecture: str, directory: Path, chat_template: bool = True, seed: int = 0, heads: int = 4
+    architecture: str,
+    directory: Path,
+    chat_template: bool = True,
+    seed: int = 0,
+    heads: int = 4,
+    layers: int = 2,
+    hidden: int = 64,
+    vocabulary: int = 400,
 ) -> Path:
-    """Write a random causal model (2 layers, hidden size 64, context 512, bfloat16) with a byte-level BPE
-    tokenizer of at most 400 tokens to `directory`, and return it.
+    """Write a random causal model (context 512, bfloat16) with a byte-level BPE tokenizer of at most
+    `vocabulary` tokens (at least the 256 bytes and 3 more) to `directory`, and return it.
 
     `architecture` is one of ARCHITECTURES. EOS is `<|im_end|>`; with `chat_template`, a ChatML template.
     `heads` divides the hidden size: some servers want heads of 32 or more. Same arguments, same bytes.
@@ -41,7 +48,7 @@ def tiny_model(
     quiet()
     directory.mkdir(parents=True, exist_ok=True)
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=_tokenizer(),
+        tokenizer_object=_tokenizer(vocabulary),
         eos_token="<|im_end|>",
         pad_token="<|endoftext|>",
         bos_token="<|endoftext|>",
@@ -54,7 +61,7 @@ def tiny_model(
     torch.manual_seed(seed)
     try:
         model = AutoModelForCausalLM.from_config(
-            _config(architecture, tokenizer, heads), dtype=torch.bfloat16
+            _config(architecture, tokenizer, heads, layers, hidden), dtype=torch.bfloat16
         )
     finally:
         torch.set_rng_state(state)
@@ -114,15 +121,15 @@ def tiny_gguf(path: Path, seed: int = 0) -> Path:
     return path
 
 
-@lru_cache(maxsize=1)
-def _tokenizer() -> Any:
+@lru_cache(maxsize=4)
+def _tokenizer(vocabulary: int = VOCABULARY) -> Any:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY,
+        vocab_size=vocabulary,
         special_tokens=SPECIAL_TOKENS,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
@@ -131,7 +138,7 @@ def _tokenizer() -> Any:
     return tokenizer
 
 
-def _config(architecture: str, tokenizer: Any, heads: int) -> Any:
+def _config(architecture: str, tokenizer: Any, heads: int, layers: int, hidden: int) -> Any:
     from transformers import (
         GemmaConfig,
         GPT2Config,
@@ -148,9 +155,9 @@ def _config(architecture: str, tokenizer: Any, heads: int) -> Any:
         "pad_token_id": tokenizer.pad_token_id,
     }
     shape = special | {
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_hidden_layers": 2,
+        "hidden_size": hidden,
+        "intermediate_size": 2 * hidden,
+        "num_hidden_layers": layers,
         "num_attention_heads": heads,
         "max_position_embeddings": CONTEXT,
     }
@@ -163,9 +170,9 @@ def _config(architecture: str, tokenizer: Any, heads: int) -> Any:
         case "mistral":
             return MistralConfig(**grouped, sliding_window=None)
         case "gemma":
-            return GemmaConfig(**grouped, head_dim=64 // heads)
+            return GemmaConfig(**grouped, head_dim=hidden // heads)
         case "gpt_neox":
             return GPTNeoXConfig(**shape)
         case "gpt2":
-            return GPT2Config(**special, n_embd=64, n_layer=2, n_head=heads, n_positions=CONTEXT)
+            return GPT2Config(**special, n_embd=hidden, n_layer=layers, n_head=heads, n_positions=CONTEXT)
     raise ValueError(f"architecture {architecture!r}: expected one of {', '.join(ARCHITECTURES)}")

@@ -192,14 +192,14 @@ def _metadata(trained: TrainedAdapter, directory: Path) -> dict[str, dg.Metadata
     return {
         "digest": dg.MetadataValue.text(trained.ref.digest),
         "trained_before": dg.MetadataValue.bool(trained.reused),
-        "final_loss": dg.MetadataValue.float(record["losses"][-1]),
+        **({"final_loss": dg.MetadataValue.float(record["losses"][-1])} if record["losses"] else {}),
         "kind": dg.MetadataValue.text(manifest["kind"]),
         **({"update": dg.MetadataValue.json(manifest["update"])} if manifest.get("update") else {}),
         "steps": dg.MetadataValue.int(manifest["steps"]),
         "trained_tokens": dg.MetadataValue.int(manifest["trained_tokens"]),
         "device_seconds": dg.MetadataValue.float(record["seconds"]),
         "tokens_per_second": dg.MetadataValue.float(record["tokens_per_second"]),
-        "loss_curve": dg.MetadataValue.md(loss_curve(record["losses"])),
+        **({"loss_curve": dg.MetadataValue.md(loss_curve(record["losses"]))} if record["losses"] else {}),
         "fingerprint": dg.MetadataValue.table(
             [
                 dg.TableRecord({"answer": p["answer"][:80], "with": p["with"], "without": p["without"]})

@@ -22,7 +22,16 @@ def check_specs(asset: dg.AssetKey) -> list[dg.AssetCheckSpec]:
 
 
 def adapter_checks(asset: dg.AssetKey, losses: Sequence[float]) -> list[dg.AssetCheckResult]:
-    """Results of `check_specs` from the losses (nats per target token, by step)."""
+    """Results of `check_specs` from the losses (nats per target token, by step; none without weights)."""
+    if not losses:
+        return [
+            dg.AssetCheckResult(
+                asset_key=asset,
+                check_name="learned",
+                passed=True,
+                description="nothing to learn: a prompt",
+            )
+        ]
     tenth = max(1, len(losses) // 10)
     first, last = sum(losses[:tenth]) / tenth, sum(losses[-tenth:]) / tenth
     return [

@@ -43,11 +43,15 @@ def measure(base: Any, probes: Sequence[Mapping[str, Any]]) -> list[float]:
 
 
 def make_fingerprint(
-    probes: Sequence[Mapping[str, Any]], with_adapter: Sequence[float], without: Sequence[float]
+    probes: Sequence[Mapping[str, Any]],
+    with_adapter: Sequence[float],
+    without: Sequence[float],
+    must_differ: bool = True,
 ) -> dict[str, Any]:
-    """The manifest's `fingerprint`. Raises NoEffect when the adapter moves no probe."""
+    """The manifest's `fingerprint`. Raises NoEffect when the adapter moves no probe; a prompt-only one need
+    not: it may be the prompt alone."""
     effect = max((abs(a - b) for a, b in zip(with_adapter, without, strict=True)), default=0.0)
-    if effect < MIN_EFFECT:
+    if must_differ and effect < MIN_EFFECT:
         raise NoEffect(
             f"the adapter changes no probe's log-probability by {MIN_EFFECT} nats per token (largest change "
             f"{effect:.3f}): it learned nothing, so it could not be told from the bare base"

@@ -12,6 +12,7 @@ from ml_assets.adapters.recipe import resolve_targets
 from ml_assets.adapters.train import AdapterInputs
 from ml_assets.artifacts import ArtifactRef, ArtifactStore, read_json, sha256_bytes
 from ml_assets.datasets.snapshot import load_rows
+from ml_assets.engine.examples import is_prompted
 from ml_assets.spec import AdapterRecipe, CustomizationSpec, PromptSpec
 
 Row = Mapping[str, Any]
@@ -60,6 +61,8 @@ def plan_update(
     """
     directory = store.open(parent)
     manifest = read_json(directory / "manifest.json")
+    if is_prompted(manifest):
+        raise NoUpdate(f"{inputs.spec.name}: the champion is a prompt without weights: train from scratch")
     spec, recipe = inputs.spec, AdapterRecipe(**manifest["recipe"])
     _check_fits(inputs, manifest, recipe)
     before = store.open(ArtifactRef("dataset", manifest["dataset"]))

@@ -21,9 +21,10 @@ def input_key(
     dataset_digest: str,
     training_version: str,
     update: Mapping[str, Any] | None = None,
+    port: Mapping[str, Any] | None = None,
 ) -> str:
     """64 hex: the hash of all that goes into a training. Equal keys need no second training. `update` names
-    what an incremental update goes on from."""
+    what an incremental update goes on from, `port` how an adapter comes from another base."""
     parts: dict[str, Any] = {
         "customization": spec.name,
         "base_identity": base_identity,
@@ -36,6 +37,8 @@ def input_key(
         parts["answer_by"] = spec.evaluation.answer_by
     if update is not None:
         parts["update"] = update
+    if port is not None:
+        parts["port"] = port
     return sha256_bytes(canonical_json(parts))
 
 
@@ -53,6 +56,7 @@ def build_manifest(
     fingerprint: Mapping[str, Any],
     labels: list[str],
     update: "Update | None" = None,
+    port: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The adapter's manifest.json. It holds nothing that differs between two trainings of the same inputs on
     the same hardware class: times and costs are in the artifact store's index record."""
@@ -75,8 +79,8 @@ def build_manifest(
         "code_version": f"{CODE_VERSION}.{training_version}",
         "libraries": library_versions(),
         "hardware_class": hardware_class,
-        "parent": update.parent.digest if update else None,
-        "rung": "incremental_update" if update else "full_training",
+        "parent": update.parent.digest if update else port["parent"] if port else None,
+        "rung": "incremental_update" if update else port["rung"] if port else "full_training",
         "update": {
             "generation": update.generation,
             "replay": update.replay,
@@ -85,6 +89,7 @@ def build_manifest(
         }
         if update
         else None,
+        **({"port": dict(port)} if port else {}),
         "steps": steps,
         "trained_tokens": trained_tokens,
         "input_key": key,

@@ -2,9 +2,16 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from ml_assets.spec import AdapterRecipe, CustomizationSpec, PromptSpec
+
+
+class Chatting(Protocol):
+    """What tokenizes conversations: a loaded base, or less."""
+
+    @property
+    def chat(self) -> Any: ...
 
 
 def resolve_targets(recipe: AdapterRecipe, base_manifest: Mapping[str, Any]) -> list[str]:
@@ -25,7 +32,7 @@ def resolve_targets(recipe: AdapterRecipe, base_manifest: Mapping[str, Any]) -> 
     return sorted(recipe.targets)
 
 
-def training_examples(base: Any, prompt: PromptSpec, rows: Sequence[Mapping[str, Any]]) -> list[Any]:
+def training_examples(base: "Chatting", prompt: PromptSpec, rows: Sequence[Mapping[str, Any]]) -> list[Any]:
     """Tokenized `ml_assets.engine.training.Example`s of dataset rows, in their order."""
     from ml_assets.engine.prompting import render_messages, render_target
     from ml_assets.engine.training import Example

@@ -9,6 +9,7 @@ import dagster as dg
 from pydantic import Field
 
 from ml_assets.adapters.incremental import plan_update
+from ml_assets.adapters.port import Port
 from ml_assets.adapters.train import AdapterInputs, open_inputs, train_adapter
 from ml_assets.artifacts import ArtifactRef, ArtifactStore, read_json, sha256_file
 from ml_assets.base_models.partitions import BASE_MODELS
@@ -39,6 +40,8 @@ def reproduce_inputs(
     if manifest.get("update"):
         parent = ArtifactRef("adapter", manifest["parent"])
         inputs = plan_update(inputs, store, parent, manifest["update"]["replay"])
+    if manifest.get("port"):
+        inputs = replace(inputs, port=Port.from_manifest(manifest))
     return inputs, manifest
 
 

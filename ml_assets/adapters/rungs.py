@@ -1,6 +1,6 @@
 """What climbing the port ladder says about each of its rungs: for the ledger, the reports and the plan."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from ml_assets.spec import RungName
@@ -14,10 +14,12 @@ frozen rows would be a waste. `reason` says why."""
 class RungResult:
     """One rung that was tried, or why it was not.
 
-    `start` names what it began from (`zero_shot`, `few_shot`, `copy`, `rescaled copy`, `mapped`, `scratch`).
+    `start` names what it began from (`zero_shot`, `few_shot`, `copy`, `rescaled copy`,
+    `layer copy`, `rescaled layer copy`, `mapped`, `tune`, `scratch`).
     `candidate`, `reference`, `bare`: mean of the deciding metric of the candidate, the champion on its own
     base, and the better of the new base's own arms, on the frozen rows. Seconds are those of the device;
-    `looks` counts the looks at the frozen rows that the gate's error rate is divided by.
+    `screen_seconds` are those of `evaluation_seconds` that answered validation rows. `looks`: the looks at
+    the frozen rows that the gate's error rate is divided by; 0 for a rung that had none.
     """
 
     rung: RungName
@@ -34,7 +36,8 @@ class RungResult:
     steps: int = 0
     training_seconds: float = 0.0
     evaluation_seconds: float = 0.0
-    looks: int = 1
+    screen_seconds: float = 0.0
+    looks: int = 0
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,11 @@ class Climb:
     def saved(self) -> float | None:
         """S = 1 - (all rungs and their evaluations) / (a full training and its evaluation)."""
         return None if not self.full_seconds else 1 - self.seconds / self.full_seconds
+
+    def table(self) -> dict[str, Any]:
+        """The climb as reports show it: without the run that happened to do it."""
+        body = asdict(self) | {"seconds": self.seconds, "saved": self.saved}
+        return {name: value for name, value in body.items() if name not in ("run_id", "at")}
 
     @classmethod
     def from_json(cls, body: dict[str, Any]) -> "Climb":

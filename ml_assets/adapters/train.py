@@ -3,6 +3,7 @@
 import datetime
 import logging
 import shutil
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,8 @@ from ml_assets.spec import CustomizationSpec
 
 if TYPE_CHECKING:
     from ml_assets.adapters.incremental import Update
+    from ml_assets.adapters.port import Port, Prepared
+    from ml_assets.engine.training import TrainResult
 
 KIND = "adapter"
 
@@ -33,7 +36,8 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class AdapterInputs:
-    """What a training reads, opened and verified. With `update`, it goes on from an earlier adapter."""
+    """What a training reads, opened and verified. With `update`, it goes on from an earlier adapter; with
+    `port`, from one on another base."""
 
     spec: CustomizationSpec
     base_directory: Path
@@ -41,6 +45,7 @@ class AdapterInputs:
     dataset_directory: Path
     dataset_digest: str
     update: "Update | None" = None
+    port: "Port | None" = None
 
     @property
     def key(self) -> str:
@@ -49,13 +54,14 @@ class AdapterInputs:
 
         identity = self.base_manifest["identity"]
         update = self.update.identity() if self.update else None
-        return input_key(self.spec, identity, self.dataset_digest, TRAINING_VERSION, update)
+        port = self.port.identity() if self.port else None
+        return input_key(self.spec, identity, self.dataset_digest, TRAINING_VERSION, update, port)
 
 
 @dataclass(frozen=True)
 class TrainedAdapter:
     """A published adapter. `record` holds what may differ between two trainings of it: `seconds`,
-    `tokens_per_second`, `losses`, `trained_at`, `resumed_from`."""
+    `tokens_per_second`, `losses`, `validation`, `trained_at`, `resumed_from`."""
 
     ref: ArtifactRef
     record: dict[str, Any]
@@ -91,10 +97,12 @@ def train_adapter(
         FloatingPointError: the training diverged.
         OSError: the disk is full; nothing is published, and the checkpoint stays for the next run.
     """
+    from ml_assets.adapters.port import Prepared, prepare
     from ml_assets.engine import hardware
     from ml_assets.engine.loading import load_base
     from ml_assets.engine.training import TRAINING_VERSION, train_lora
 
+    started = time.monotonic()
     key = inputs.key
     if reuse and (known := store.recall(KIND, key)):
         try:
@@ -109,25 +117,34 @@ def train_adapter(
     base = load_base(inputs.base_directory, hardware.compute_dtype(home))
     rows = load_rows(inputs.dataset_directory, "train")
     labels = answer_labels(spec, rows)
-    examples = training_examples(base, spec.prompt, inputs.update.rows if inputs.update else rows)
     checkpoints = checkpoint_folder(home, key)
     with (
         hardware.computing(home),
         store.staging(KIND) as staging,
         store.staging("prompts") as scratch,
     ):
-        result = train_lora(
-            base,
-            examples,
-            spec.adapter,
-            targets,
-            staging,
-            checkpoints=checkpoints if reuse else None,
-            checkpoint_seconds=checkpoint_seconds,
-            prompt_cache=home / "prompt_cache" if reuse else scratch,
-            start=inputs.update.parent_directory if inputs.update else None,
-            on_progress=on_progress,
-        )
+        if inputs.port:
+            prepared = prepare(inputs, inputs.port, base, store, home, reuse)
+        else:
+            chosen = inputs.update.rows if inputs.update else rows
+            start = inputs.update.parent_directory if inputs.update else None
+            prepared = Prepared(start, training_examples(base, spec.prompt, chosen), spec.adapter, None)
+        if inputs.port and inputs.port.rung == "copy":
+            result = _copied(prepared.start, staging)
+        else:
+            result = train_lora(
+                base,
+                prepared.examples,
+                prepared.recipe,
+                targets,
+                staging,
+                checkpoints=checkpoints if reuse else None,
+                checkpoint_seconds=checkpoint_seconds,
+                prompt_cache=home / "prompt_cache" if reuse else scratch,
+                start=prepared.start,
+                stopping=prepared.stopping,
+                on_progress=on_progress,
+            )
         manifest = build_manifest(
             spec=spec,
             base_manifest=inputs.base_manifest,
@@ -141,20 +158,39 @@ def train_adapter(
             fingerprint=_fingerprint(base, spec, inputs.dataset_directory, staging),
             labels=labels,
             update=inputs.update,
+            port=_ported(inputs, prepared, result),
         )
         (staging / "manifest.json").write_bytes(canonical_json(manifest) + b"\n")
         ref = store.publish_directory(KIND, staging)
     record = {
         "trained_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "seconds": round(result.seconds, 3),
+        "seconds": round(time.monotonic() - started if inputs.port else result.seconds, 3),
         "tokens_per_second": round(result.tokens / max(result.seconds, 1e-9), 1),
         "resumed_from": result.resumed_from,
         "losses": [round(loss, 5) for loss in result.losses],
+        "validation": [[step, round(loss, 5)] for step, loss in result.validation],
     }
     if reuse:
         store.remember(KIND, key, ref, record)
         shutil.rmtree(checkpoints, ignore_errors=True)
     return TrainedAdapter(ref, record, reused=False)
+
+
+def _copied(start: Path | None, staging: Path) -> "TrainResult":
+    """A start as it is."""
+    from ml_assets.engine.training import TrainResult
+
+    assert start is not None
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        shutil.copyfile(start / name, staging / name)
+    return TrainResult(0, 0, [], 0.0, 0)
+
+
+def _ported(inputs: AdapterInputs, prepared: "Prepared", result: "TrainResult") -> dict[str, Any] | None:
+    """The manifest's `port`: where the adapter comes from, and what it was trained on."""
+    if inputs.port is None:
+        return None
+    return inputs.port.identity() | {"rows": len(prepared.examples), "best_step": result.best_step}
 
 
 def _fingerprint(base: Any, spec: CustomizationSpec, dataset: Path, adapter: Path) -> dict[str, Any]:

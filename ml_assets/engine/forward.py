@@ -6,7 +6,8 @@ the vocabulary never decides how much memory a pass takes.
 
 import contextlib
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,10 @@ from ml_assets.engine.packing import Packing, body, logits_of
 if TYPE_CHECKING:
     from ml_assets.engine.loading import Base
     from ml_assets.engine.prompt_cache import PromptCache
+    from ml_assets.engine.training import Soft
 
+Softs = Sequence["Soft | None"]
+Watch = Callable[[torch.Tensor], None]
 Pair = tuple[Sequence[int], Sequence[int]]
 """Token ids of a prompt and of its answer, at least one each."""
 
@@ -33,14 +37,19 @@ def answer_log_probs(
     pairs: Sequence[Pair],
     loss_scale: float | None = None,
     prompts: "PromptCache | None" = None,
+    soft: Softs | None = None,
+    watch: Watch | None = None,
 ) -> list[torch.Tensor]:
     """Log-probability (nats, float32) of each token of each answer, under the active adapter.
 
     With `loss_scale`, the gradient of -loss_scale * (sum of all of them) is added to the parameters'. With
-    `prompts`, what an activated adapter leaves to the base comes from there.
+    `prompts`, what an activated adapter leaves to the base comes from there. `soft` are a teacher's
+    probabilities for some of the answers: they change the gradient, not what is returned. `watch` is shown
+    the logits of the answers' tokens, one after the other, some at a time.
     """
+    taught = _Taught.of(soft, pairs, base.device)
     if not base.packs:
-        return _padded(base, pairs, loss_scale)
+        return _padded(base, pairs, loss_scale, taught, watch)
     if prompts is not None:
         (name,) = base.lora.route.names
         invocation = base.lora.adapters[name].invocation or []
@@ -48,7 +57,8 @@ def answer_log_probs(
         sequences = [[*invocation, *answer[:-1]] for _, answer in pairs]
         packing = Packing(sequences, base.device, past=prompts.past(heads))
         firsts = [start + len(invocation) - 1 for start in packing.starts]
-        return packed_log_probs(base, packing, firsts, [answer for _, answer in pairs], loss_scale)
+        answers = [answer for _, answer in pairs]
+        return packed_log_probs(base, packing, firsts, answers, loss_scale, taught, watch)
     prefix = shared_prefix([prompt for prompt, _ in pairs]) if base.dropout == 0 else 0
     starts = _invocations(base, pairs)
     if starts is not None:
@@ -61,7 +71,8 @@ def answer_log_probs(
         names = [None, *route.names * len(pairs)]
         route = base.lora.for_rows(names, [prefix, *packing.lengths], [0, *(s - prefix for s in starts)])
     with base.lora.routed(route):
-        return packed_log_probs(base, packing, firsts, [answer for _, answer in pairs], loss_scale)
+        answers = [answer for _, answer in pairs]
+        return packed_log_probs(base, packing, firsts, answers, loss_scale, taught, watch)
 
 
 def _invocations(base: "Base", pairs: Sequence[Pair]) -> list[int] | None:
@@ -78,6 +89,8 @@ def packed_log_probs(
     firsts: Sequence[int],
     answers: Sequence[Sequence[int]],
     loss_scale: float | None = None,
+    taught: "_Taught | None" = None,
+    watch: Watch | None = None,
 ) -> list[torch.Tensor]:
     """As `answer_log_probs`; the first token of answer i is predicted at token `firsts[i]` of the packing."""
     positions = [
@@ -90,27 +103,76 @@ def packed_log_probs(
         ).last_hidden_state[0]
         chosen = hidden[torch.tensor(positions, device=base.device)]
         leaf = chosen.detach().requires_grad_(loss_scale is not None)
-        values = torch.cat([_chunk(base, part, ids, loss_scale) for part, ids in _chunks(base, leaf, wanted)])
+        values = torch.cat(
+            [
+                _chunk(base, leaf[part], wanted[part], loss_scale, taught, part, watch)
+                for part in _chunks(base, wanted)
+            ]
+        )
         if loss_scale is not None:
             chosen.backward(leaf.grad)
     return list(values.split([len(answer) for answer in answers]))
 
 
-def _chunks(
-    base: "Base", hidden: torch.Tensor, wanted: torch.Tensor
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+@dataclass(frozen=True)
+class _Taught:
+    """A teacher's most probable tokens (N, k), their probabilities (N, k), and its weight (N) in the loss at
+    each of N target tokens; 0 where there is no teacher."""
+
+    tokens: torch.Tensor
+    shares: torch.Tensor
+    weights: torch.Tensor
+
+    @classmethod
+    def of(cls, soft: Softs | None, pairs: Sequence[Pair], device: torch.device) -> "_Taught | None":
+        width = max((len(s.tokens[0]) for s in soft or () if s is not None), default=0)
+        if soft is None or not width:
+            return None
+        count = sum(len(answer) for _, answer in pairs)
+        tokens = torch.zeros(count, width, dtype=torch.long)
+        shares, weights = torch.zeros(count, width), torch.zeros(count)
+        at = 0
+        for one, (_, answer) in zip(soft, pairs, strict=True):
+            if one is not None:
+                here = slice(at, at + len(answer))
+                tokens[here, : len(one.tokens[0])] = torch.tensor(one.tokens)
+                shares[here, : len(one.shares[0])] = torch.tensor(one.shares)
+                weights[here] = one.weight
+            at += len(answer)
+        return cls(tokens.to(device), shares.to(device), weights.to(device))
+
+    def loss(self, log_probs: torch.Tensor, hard: torch.Tensor, part: slice) -> torch.Tensor:
+        """Of each target token: the answer's and the teacher's, by weight. What the teacher thinks of all
+        tokens but its most probable ones is left out, and `shares` are taken as the whole."""
+        shares = self.shares[part]
+        shares = shares / shares.sum(-1, keepdim=True).clamp(min=1e-9)
+        taught = -(shares * log_probs.gather(-1, self.tokens[part])).sum(-1)
+        weights = self.weights[part]
+        return (1 - weights) * hard + weights * taught
+
+
+def _chunks(base: "Base", wanted: torch.Tensor) -> Iterator[slice]:
     rows = max(1, LOGITS // base.vocabulary)
     for start in range(0, len(wanted), rows):
-        yield hidden[start : start + rows], wanted[start : start + rows]
+        yield slice(start, start + rows)
 
 
 def _chunk(
-    base: "Base", hidden: torch.Tensor, wanted: torch.Tensor, loss_scale: float | None
+    base: "Base",
+    hidden: torch.Tensor,
+    wanted: torch.Tensor,
+    loss_scale: float | None,
+    taught: _Taught | None,
+    part: slice,
+    watch: Watch | None,
 ) -> torch.Tensor:
     logits = logits_of(base.model, hidden).float()
+    if watch:
+        watch(logits)
     losses = torch.nn.functional.cross_entropy(logits, wanted, reduction="none")
     if loss_scale is not None:
-        (losses.sum() * loss_scale).backward()
+        aim = taught.loss(logits.log_softmax(-1), losses, part) if taught else losses
+        (aim.sum() * loss_scale).backward()
     return -losses.detach()
 
 
@@ -130,7 +192,9 @@ def shared_prefix(prompts: Sequence[Any]) -> int:
 # -- models that can't pack ----------------------------------------------------------------------------
 
 
-def _padded(base: "Base", pairs: Sequence[Pair], loss_scale: float | None) -> list[torch.Tensor]:
+def _padded(
+    base: "Base", pairs: Sequence[Pair], loss_scale: float | None, taught: _Taught | None, watch: Watch | None
+) -> list[torch.Tensor]:
     """(B, T) tokens padded on the right: causal attention keeps padding out of sight."""
     width = max(len(prompt) + len(answer) for prompt, answer in pairs)
     ids = torch.full((len(pairs), width), base.pad_id)
@@ -144,9 +208,14 @@ def _padded(base: "Base", pairs: Sequence[Pair], loss_scale: float | None) -> li
         route = base.lora.for_rows(route.names * len(pairs), [width] * len(pairs), starts)
     with only_positions(base.model, mask.to(base.device)), base.lora.routed(route):
         logits = base.model(input_ids=ids.to(base.device), use_cache=False).logits[0]
-    losses = torch.nn.functional.cross_entropy(logits.float(), wanted, reduction="none")
+    logits = logits.float()
+    if watch:
+        watch(logits)
+    losses = torch.nn.functional.cross_entropy(logits, wanted, reduction="none")
     if loss_scale is not None:
-        (losses.sum() * loss_scale).backward()
+        everywhere = slice(0, len(wanted))
+        aim = taught.loss(logits.log_softmax(-1), losses, everywhere) if taught else losses
+        (aim.sum() * loss_scale).backward()
     return list((-losses.detach()).split([len(answer) for _, answer in pairs]))
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import os
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 
 from ml_assets.artifacts import read_json
 from ml_assets.engine import hardware, packing
+from ml_assets.engine.examples import is_prompted
 from ml_assets.engine.lora import Adapter, IncompatibleAdapter, LoraLayers, Route, read_adapter
 from ml_assets.engine.prompting import ChatFormat
 
@@ -60,7 +62,8 @@ class Base:
         return max([*rates, getattr(self.model.config, "attention_dropout", 0.0) or 0.0])
 
     def attach(self, name: str, directory: Path) -> None:
-        """Load the adapter in `directory` (PEFT files and manifest.json) under `name`, not yet active.
+        """Load the adapter in `directory` (PEFT files and manifest.json) under `name`, not yet active. One
+        that is a prompt alone has no weights, and changes nothing here: its examples go into the prompts.
 
         Raises IncompatibleAdapter when its manifest pins another base, tokenizer or chat template, when a
         weight is missing, unexpected or of another shape, or is not a finite number.
@@ -77,6 +80,8 @@ class Base:
                     f"{directory}: made for {field} {str(manifest.get(field))[:12]}, "
                     f"the base {self.manifest['revision']} has {str(ours)[:12]}"
                 )
+        if is_prompted(manifest):
+            return Adapter(0, 1.0, {}), manifest
         return read_adapter(self.model, directory, self.model.dtype, self.device), manifest
 
     def insert(self, name: str, read: tuple[Adapter, dict[str, Any]]) -> None:
@@ -101,6 +106,22 @@ class Base:
         works from its invocation on in `forward`, `generation` and `scoring`, on every token elsewhere."""
         with self.lora.routed(Route(() if name is None else (name,))):
             yield
+
+
+@dataclass(frozen=True)
+class Reader:
+    """What tokenizes conversations as a base does, without its weights."""
+
+    chat: ChatFormat
+
+
+def load_reader(directory: Path) -> Reader:
+    """How the base model artifact in `directory` tokenizes conversations."""
+    quiet()
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+    return Reader(ChatFormat(tokenizer, read_json(directory / "manifest.json").get("eos_token_ids", ())))
 
 
 def load_base(directory: Path, dtype: torch.dtype | None = None) -> Base:

@@ -57,7 +57,9 @@ class Adapter:
 
     def active_from(self, prompt: Sequence[int]) -> int:
         """The token of `prompt` from which the adapter works: an activated LoRA from its last invocation on,
-        and never (the length of the prompt) without one."""
+        and never (the length of the prompt) without one, or without weights."""
+        if not self.weights:
+            return len(prompt)
         if self.invocation is None:
             return 0
         n = len(self.invocation)

@@ -1,6 +1,6 @@
 """Log-probabilities of answers and texts: fingerprints, forgetting probes, labels to choose from."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -22,18 +22,57 @@ def mean_logprobs(
     """
     order = sorted(range(len(pairs)), key=lambda i: len(pairs[i][0]) + len(pairs[i][1]))
     results = [0.0] * len(pairs)
+    for batch in _batches(pairs, order, batch_tokens):
+        with torch.inference_mode():
+            values = answer_log_probs(base, [pairs[j] for j in batch])
+        for j, value in zip(batch, values, strict=True):
+            results[j] = float(value.double().mean())
+    return results
+
+
+def answer_losses(base: Base, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[float]:
+    """Negative log-likelihood of each whole answer given its prompt, in nats: comparable between tokenizers.
+    An answer of less than ln 2 is what greedy decoding gives."""
+    means = mean_logprobs(base, pairs)
+    return [-mean * len(answer) for mean, (_, answer) in zip(means, pairs, strict=True)]
+
+
+def top_tokens(
+    base: Base, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], k: int, batch_tokens: int = 4096
+) -> list[tuple[list[list[int]], list[list[float]]]]:
+    """At each token of each answer, the k tokens that are most probable under the active adapter, and their
+    probabilities: what a teacher tells."""
+    order = sorted(range(len(pairs)), key=lambda i: len(pairs[i][0]) + len(pairs[i][1]))
+    found: list[tuple[list[list[int]], list[list[float]]]] = [([], [])] * len(pairs)
+    for batch in _batches(pairs, order, batch_tokens):
+        parts: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+        def keep(logits: torch.Tensor, parts: list[tuple[torch.Tensor, torch.Tensor]] = parts) -> None:
+            shares, tokens = logits.softmax(-1).topk(min(k, logits.shape[-1]), dim=-1)
+            parts.append((tokens.cpu(), shares.cpu()))
+
+        with torch.inference_mode():
+            answer_log_probs(base, [pairs[j] for j in batch], watch=keep)
+        tokens, shares = (torch.cat([part[i] for part in parts]) for i in (0, 1))
+        lengths = [len(pairs[j][1]) for j in batch]
+        for j, some, parts_of in zip(batch, tokens.split(lengths), shares.split(lengths), strict=True):
+            # rounded, so that they are the same in a checkpoint's name whatever wrote them
+            found[j] = some.tolist(), [[round(x, 4) for x in row] for row in parts_of.tolist()]
+    return found
+
+
+def _batches(
+    pairs: Sequence[tuple[Sequence[int], Sequence[int]]], order: Sequence[int], batch_tokens: int
+) -> Iterator[list[int]]:
+    """`order` in batches of at most `batch_tokens` tokens with padding; it goes from short to long."""
     batch: list[int] = []
     for position, i in enumerate(order):
         batch.append(i)
         following = order[position + 1] if position + 1 < len(order) else None
         width = len(pairs[following][0]) + len(pairs[following][1]) if following is not None else 0
         if following is None or width * (len(batch) + 1) > batch_tokens:
-            with torch.inference_mode():
-                values = answer_log_probs(base, [pairs[j] for j in batch])
-            for j, value in zip(batch, values, strict=True):
-                results[j] = float(value.double().mean())
+            yield batch
             batch = []
-    return results
 
 
 def text_nll(base: Base, texts: Sequence[str]) -> float:

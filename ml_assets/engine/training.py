@@ -10,8 +10,9 @@ import random
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -48,12 +49,24 @@ ADAPTER = "default"
 
 
 @dataclass(frozen=True)
+class Soft:
+    """What a teacher finds probable at each target token: its most probable `tokens` (target tokens, k) with
+    their probabilities `shares`, which sum to at most 1; `weight` is that of the teacher in the loss."""
+
+    tokens: list[list[int]]
+    shares: list[list[float]]
+    weight: float
+
+
+@dataclass(frozen=True)
 class Example:
-    """One training example: prompt ids (no loss) and target ids (loss). `row` names it in errors."""
+    """One training example: prompt ids (no loss) and target ids (loss). `row` names it in errors. With
+    `soft`, the loss is also the cross entropy to a teacher (Hinton et al. 2015, arXiv 1503.02531)."""
 
     prompt: list[int]
     target: list[int]
     row: str = ""
+    soft: Soft | None = None
 
     def __len__(self) -> int:
         return len(self.prompt) + len(self.target)
@@ -75,15 +88,29 @@ class Progress:
 
 
 @dataclass(frozen=True)
+class Stopping:
+    """When a training ends before its last step: its loss on `examples` (which it does not train on) is
+    measured before the first step and about `checks` times, and the weights with the lowest are what it
+    gives; after `patience` checks without a lower one it stops."""
+
+    examples: Sequence[Example]
+    checks: int = 6
+    patience: int = 2
+
+
+@dataclass(frozen=True)
 class TrainResult:
     """`losses` holds one mean loss a step; `seconds` those of this process alone, `tokens` of the whole
-    training."""
+    training. With `Stopping`, `validation` holds (step, mean loss in nats per answer), and the weights are
+    those of `best_step`; `steps` are those that were taken."""
 
     steps: int
     tokens: int
     losses: list[float]
     seconds: float
     resumed_from: int
+    validation: list[tuple[int, float]] = field(default_factory=list)
+    best_step: int | None = None
 
 
 class BadExample(ValueError):
@@ -101,6 +128,7 @@ def train_lora(
     checkpoint_seconds: float = 30.0,
     prompt_cache: Path | None = None,
     start: Path | None = None,
+    stopping: Stopping | None = None,
     on_progress: Callable[[Progress], None] | None = None,
 ) -> TrainResult:
     """Train a LoRA adapter on `base` and write `adapter_model.safetensors` and `adapter_config.json` to
@@ -114,25 +142,29 @@ def train_lora(
         checkpoint_seconds: least time between two checkpoints; 0 saves at every step.
         prompt_cache: folder for what the base computes for prompts (activated LoRA), shared by all trainings.
         start: folder of an adapter of the same shape whose weights this training goes on from.
+        stopping: end early, with the weights that are best on examples that are not trained on.
 
     Raises:
         BadExample: an example is empty or too long.
         FloatingPointError: the loss is no longer a finite number.
         IncompatibleAdapter: the adapter to start from has another shape.
     """
-    _check_examples(examples, recipe.max_length or base.context_length)
+    held_out = stopping.examples if stopping else ()
+    _check_examples([*examples, *held_out], recipe.max_length or base.context_length)
     with lora_for_training(base, recipe, targets) as adapter:
         if start is not None:
             _copy_weights(base, start, adapter)
-        _check_invocation(examples, adapter.invocation or [])
-        heads = [example.prompt[: -len(adapter.invocation)] for example in examples if adapter.invocation]
+        every = [*examples, *held_out]
+        _check_invocation(every, adapter.invocation or [])
+        heads = [example.prompt[: -len(adapter.invocation)] for example in every if adapter.invocation]
         prompts = PromptCache(base, heads, prompt_cache) if heads else None
         with _Crew(base, adapter, recipe, prompts) as crew:
-            identity = _training_identity(base, examples, recipe, crew.workers, start)
+            identity = _training_identity(base, examples, recipe, crew.workers, start, stopping)
+            judge = _Judge(crew, stopping) if stopping else None
             result = _run(
-                base, examples, recipe, crew, identity, checkpoints, checkpoint_seconds, on_progress
+                base, examples, recipe, crew, identity, checkpoints, checkpoint_seconds, on_progress, judge
             )
-        _save_adapter(base, adapter, targets, output)
+        save_adapter(base, adapter, targets, output)
     return result
 
 
@@ -207,7 +239,8 @@ def step_loss(
     for rows in _micro_batches(examples, MICRO_BATCH_TOKENS):
         with _checkpointed(base, sum(map(len, rows)) > MICRO_BATCH_TOKENS):
             pairs = [(example.prompt, example.target) for example in rows]
-            values = answer_log_probs(base, pairs, loss_scale=1 / total, prompts=prompts)
+            soft = [example.soft for example in rows]
+            values = answer_log_probs(base, pairs, loss_scale=1 / total, prompts=prompts, soft=soft)
         loss_sum -= float(torch.cat(values).sum()) / total
     return loss_sum
 
@@ -237,6 +270,7 @@ def _run(
     checkpoints: Path | None,
     checkpoint_seconds: float,
     on_progress: Callable[[Progress], None] | None,
+    judge: "_Judge | None" = None,
 ) -> TrainResult:
     plan = plan_batches([len(example) for example in examples], recipe)
     weights = crew.weights
@@ -255,8 +289,12 @@ def _run(
             }
         torch.set_rng_state(saved.tensors["rng"])
         first, tokens, losses = saved.step, saved.state["tokens"], saved.state["losses"]
+        if judge:
+            judge.load(saved.state["judged"], saved.tensors["best"])
     start = last_save = time.monotonic()
     fresh_tokens = 0
+    if judge and not judge.seen:
+        judge.look(0)
     for step in range(first, len(plan)):
         batch = [examples[i] for i in plan[step]]
         weights.clear_gradient()
@@ -292,6 +330,8 @@ def _run(
                     pace * (len(plan) - step - 1),
                 )
             )
+        if judge and judge.due(step + 1, len(plan)) and judge.look(step + 1):
+            break
         if checkpoints and step + 1 < len(plan) and now - last_save >= checkpoint_seconds:
             state = optimizer.state[weights.master]
             save_checkpoint(
@@ -303,11 +343,46 @@ def _run(
                     "exp_avg": state["exp_avg"],
                     "exp_avg_sq": state["exp_avg_sq"],
                     "rng": torch.get_rng_state(),
+                    **({"best": judge.best} if judge else {}),
                 },
-                {"training": identity, "tokens": tokens, "losses": losses},
+                {"training": identity, "tokens": tokens, "losses": losses}
+                | ({"judged": judge.seen} if judge else {}),
             )
             last_save = time.monotonic()
-    return TrainResult(len(plan), tokens, losses, time.monotonic() - start, first)
+    seconds = time.monotonic() - start
+    if judge:
+        weights.load(judge.best)
+        seen = [(step, loss) for step, loss in judge.seen]
+        return TrainResult(len(losses), tokens, losses, seconds, first, seen, judge.best_step)
+    return TrainResult(len(plan), tokens, losses, seconds, first)
+
+
+class _Judge:
+    """Keeps the weights with the lowest loss on examples that are not trained on."""
+
+    def __init__(self, crew: "_Crew", stopping: Stopping):
+        self._crew, self._stopping = crew, stopping
+        self.seen: list[list[Any]] = []
+        self.best = crew.weights.master.detach().clone()
+
+    @property
+    def best_step(self) -> int:
+        return min(self.seen, key=lambda one: (one[1], one[0]))[0]
+
+    def load(self, seen: list[list[Any]], best: torch.Tensor) -> None:
+        self.seen, self.best = [list(one) for one in seen], best.to(self.best)
+
+    def due(self, step: int, steps: int) -> bool:
+        return step == steps or step % max(1, steps // self._stopping.checks) == 0
+
+    def look(self, step: int) -> bool:
+        """Measure; whether to stop."""
+        loss = self._crew.loss(self._stopping.examples)
+        self.seen.append([step, loss])
+        if self.best_step == step:
+            self.best = self._crew.weights.master.detach().clone()
+        since = [one[0] for one in self.seen if one[0] > self.best_step]
+        return not math.isfinite(loss) or len(since) >= self._stopping.patience
 
 
 class _Crew:
@@ -363,6 +438,21 @@ class _Crew:
             return sum(future.result() for future in work)
         finally:
             torch.set_num_threads(self._threads)
+
+    def loss(self, examples: Sequence[Example]) -> float:
+        """Mean negative log-likelihood (nats) of the examples' answers under the weights as they are."""
+        total, base = 0.0, self._base
+        training = base.model.training
+        base.model.eval()
+        try:
+            with torch.no_grad(), base.active(ADAPTER):
+                for rows in _micro_batches(examples, MICRO_BATCH_TOKENS):
+                    pairs = [(example.prompt, example.target) for example in rows]
+                    values = answer_log_probs(base, pairs, prompts=self._prompts)
+                    total -= float(torch.cat(values).double().sum())
+        finally:
+            base.model.train(training)
+        return total / len(examples)
 
     @property
     def _invocation(self) -> list[int]:
@@ -448,12 +538,14 @@ def _copy_weights(base: Base, directory: Path, adapter: Adapter) -> None:
             tensor.copy_(saved[key])
 
 
-def _save_adapter(base: Base, adapter: Adapter, targets: Sequence[str], output: Path) -> None:
+def save_adapter(base: Base, adapter: Adapter, targets: Sequence[str], output: Path) -> None:
+    """Write an adapter as peft does, in the base's number format."""
     from safetensors.torch import save_file
 
     output.mkdir(parents=True, exist_ok=True)
     weights = {
-        key: value.detach().cpu().contiguous().clone() for key, value in adapter.named_tensors().items()
+        key: value.detach().to("cpu", base.model.dtype).contiguous().clone()
+        for key, value in adapter.named_tensors().items()
     }
     save_file(weights, output / "adapter_model.safetensors", metadata={"format": "pt"})
     config = adapter_config(base.model, adapter, targets, base.manifest["revision"])
@@ -461,10 +553,15 @@ def _save_adapter(base: Base, adapter: Adapter, targets: Sequence[str], output: 
 
 
 def _training_identity(
-    base: Base, examples: Sequence[Example], recipe: AdapterRecipe, workers: int, start: Path | None
+    base: Base,
+    examples: Sequence[Example],
+    recipe: AdapterRecipe,
+    workers: int,
+    start: Path | None,
+    stopping: Stopping | None = None,
 ) -> str:
     """Names what a checkpoint continues: another base, data or recipe starts afresh."""
-    data = [[example.prompt, example.target] for example in examples]
+    data: list[Any] = [_data(example) for example in examples]
     parts = {
         "base": base.manifest["identity"],
         "dtype": str(base.model.dtype),
@@ -474,7 +571,15 @@ def _training_identity(
         "version": TRAINING_VERSION,
         "start": sha256_file(start / "adapter_model.safetensors") if start else None,
     }
+    if stopping:
+        held_out = [_data(example) for example in stopping.examples]
+        parts["stopping"] = [held_out, stopping.checks, stopping.patience]
     return sha256_bytes(canonical_json(parts))
+
+
+def _data(example: Example) -> list[Any]:
+    soft = example.soft
+    return [example.prompt, example.target, *([soft.tokens, soft.shares, soft.weight] if soft else [])]
 
 
 def _check_examples(examples: Sequence[Example], limit: int) -> None:

@@ -2,20 +2,23 @@
 
 import inspect
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
+from ml_assets.adapters.rungs import Climb
 from ml_assets.artifacts import (
     ArtifactError,
     ArtifactRef,
     ArtifactStore,
     canonical_json,
+    read_json,
     sha256_bytes,
     sha256_file,
 )
 from ml_assets.datasets.snapshot import load_rows
+from ml_assets.engine.examples import is_prompted, read_examples
 from ml_assets.eval_reports.gate import Decision, better_arm, decide
 from ml_assets.eval_reports.metrics import resolve_callable
 from ml_assets.eval_reports.report import arm_title, render_html, render_markdown, summarize
@@ -37,7 +40,7 @@ if TYPE_CHECKING:
     from ml_assets.engine.loading import Base
 
 KIND = "eval_report"
-REPORT_VERSION = "2"
+REPORT_VERSION = "3"
 """Raise when the same lines would give another report."""
 
 
@@ -73,6 +76,7 @@ def report_key(
     base_model: ArtifactRef,
     champion: str | None,
     compute: str,
+    looks: int = 1,
 ) -> str:
     """64 hex: the hash of all that goes into a report. `champion` is the digest of its adapter."""
     evaluation = spec.evaluation
@@ -94,6 +98,8 @@ def report_key(
         "compute": compute,
         "code": [RUNNER_VERSION, REPORT_VERSION, code],
     }
+    if looks > 1:
+        parts["looks"] = looks
     return sha256_bytes(canonical_json(parts))
 
 
@@ -107,9 +113,10 @@ def build_report(
     dataset: ArtifactRef,
     base_model: ArtifactRef,
     champion: Champion | None,
+    looks: int = 1,
     on_progress: Callable[[str, int, int], None] | None = None,
 ) -> BuiltReport:
-    """Evaluate, decide and publish, or find what these inputs gave before.
+    """Evaluate, decide and publish, or find what these inputs gave before. `looks` is as in `decide`.
 
     A candidate that is the champion keeps the report that made it so. `on_progress(arm, done, total)`.
 
@@ -122,7 +129,7 @@ def build_report(
 
     compute = hardware.hardware_class(home)
     serving = champion.adapter.digest if champion else None
-    key = report_key(spec, root, adapter, dataset, base_model, serving, compute)
+    key = report_key(spec, root, adapter, dataset, base_model, serving, compute, looks)
     if known := store.recall(KIND, key):
         return _opened(store, known[0], known[1], reused=True)
     if serving == adapter.digest:
@@ -131,25 +138,57 @@ def build_report(
     hardware.prepare_process()
     with hardware.computing(home):
         lines, decision, seconds, about, known = _evaluate(
-            spec, root, store, home, compute, adapter, dataset, base_model, champion, on_progress
+            spec, root, store, home, compute, adapter, dataset, base_model, champion, on_progress, looks
         )
     summary = summarize(lines, spec.evaluation, decision, about, known)
-    text = "".join(json.dumps(line, ensure_ascii=False, sort_keys=True) + "\n" for line in lines)
-    ref = store.publish(
-        KIND,
-        {
-            "rows.jsonl": text.encode(),
-            "decision.json": canonical_json(decision.as_json()) + b"\n",
-            "summary.json": canonical_json(summary) + b"\n",
-            "summary.md": render_markdown(summary).encode(),
-            "report.html": render_html(summary, lines).encode(),
-        },
-    )
+    ref = _publish(store, summary, lines)
     record = {"seconds": seconds}
     store.remember(KIND, key, ref, record)
     once_serving = report_key(spec, root, adapter, dataset, base_model, adapter.digest, compute)
     store.remember(KIND, once_serving, ref, record)
     return _opened(store, ref, record, reused=False)
+
+
+def _publish(store: ArtifactStore, summary: dict[str, Any], lines: list[Row]) -> ArtifactRef:
+    text = "".join(json.dumps(line, ensure_ascii=False, sort_keys=True) + "\n" for line in lines)
+    return store.publish(
+        KIND,
+        {
+            "rows.jsonl": text.encode(),
+            "decision.json": canonical_json(summary["decision"]) + b"\n",
+            "summary.json": canonical_json(summary) + b"\n",
+            "summary.md": render_markdown(summary).encode(),
+            "report.html": render_html(summary, lines).encode(),
+        },
+    )
+
+
+def with_climb(
+    built: BuiltReport,
+    climb: Climb,
+    spec: CustomizationSpec,
+    root: Path,
+    store: ArtifactStore,
+    home: Path,
+) -> BuiltReport:
+    """The report of an adapter that the port ladder gave, with all rungs that were tried: the same lines and
+    the same decision. Made once for the same climb."""
+    from ml_assets.engine import hardware
+
+    body = climb.table()
+    key = sha256_bytes(canonical_json({"report": built.ref.digest, "climb": body, "code": REPORT_VERSION}))
+    if known := store.recall(KIND, key):
+        return _opened(store, known[0], known[1], reused=True)
+    text = (built.directory / "rows.jsonl").read_text(encoding="utf-8")
+    lines = [json.loads(line) for line in text.split("\n") if line]
+    ref = _publish(store, built.summary | {"climb": body}, lines)
+    store.remember(KIND, key, ref, built.record)
+    about, compute = built.summary["about"], hardware.hardware_class(home)
+    adapter, dataset = ArtifactRef("adapter", about["candidate"]), ArtifactRef("dataset", about["dataset"])
+    base_model = ArtifactRef("base_model", about["base_model"])
+    once_serving = report_key(spec, root, adapter, dataset, base_model, adapter.digest, compute)
+    store.remember(KIND, once_serving, ref, built.record)
+    return _opened(store, ref, built.record, reused=False)
 
 
 def _opened(store: ArtifactStore, ref: ArtifactRef, record: dict[str, Any], reused: bool) -> BuiltReport:
@@ -170,34 +209,15 @@ def _evaluate(
     base_model: ArtifactRef,
     champion: Champion | None,
     on_progress: Callable[[str, int, int], None] | None,
+    looks: int,
 ) -> tuple[list[Row], Decision, dict[str, list[float] | None], dict[str, Any], set[str]]:
     from ml_assets.engine import hardware
-    from ml_assets.engine.loading import load_base, read_json
+    from ml_assets.engine.loading import load_base
 
     dtype = hardware.compute_dtype(home)
     evaluation = spec.evaluation
-    directory = store.open(dataset)
-    train_rows = load_rows(directory, "train")
-    rows = select_rows(load_rows(directory, "evaluation"), evaluation.max_rows)
-    columns = list(dict.fromkeys(c for named in spec.prompt.columns().values() for c in named))
-    must_pass = load_must_pass(root / evaluation.must_pass, columns) if evaluation.must_pass else []
-
-    def run(
-        base: "Base", arms: list[Arm], asked_with: Mapping[str, Any] | None = None
-    ) -> tuple[list[Row], dict[str, list[float] | None]]:
-        return evaluate(
-            base,
-            spec.prompt,
-            evaluation,
-            rows,
-            train_rows,
-            arms,
-            must_pass=must_pass,
-            asked_with=asked_with,
-            store=store,
-            compute=compute,
-            on_progress=on_progress,
-        )
+    questions = _Questions.of(spec, root, store, dataset, compute, on_progress)
+    rows, train_rows, must_pass = questions.rows, questions.train_rows, questions.must_pass
 
     base = load_base(store.open(base_model), dtype)
     base.attach("adapter", store.open(adapter))
@@ -208,9 +228,9 @@ def _evaluate(
         examples = fitting_examples(base, spec.prompt, [*rows, *must_pass], examples, tokens)
         if examples:
             arms.append(Arm("few_shot", examples=examples))
-    arms.append(Arm("adapter", "adapter", adapter.digest, labels=_labels(base.adapters["adapter"])))
-    lines, seconds = run(base, arms)
-    forgotten = forgetting(base, "adapter")
+    arms.append(adapter_arm("adapter", adapter, store.open(adapter)))
+    lines, seconds = questions.ask(base, arms)
+    forgotten = forgetting(base, "adapter") if arms[-1].adapter else 0.0
     revision = base.manifest["revision"]
 
     served: dict[str, Any] = {}
@@ -222,12 +242,7 @@ def _evaluate(
         if champion.base_model is not None:
             del base  # two bases in memory at once may be more than there is
             base = load_base(store.open(champion.base_model), dtype)
-        base.attach("champion", folder)
-        asked = served.get("prompt") or None  # what it was trained on, if today's rows still have it
-        if asked and not all(c in columns for c in _columns(asked)):
-            asked = None
-        arm = Arm("champion", "champion", champion.adapter.digest, labels=_labels(served))
-        more, more_seconds = run(base, [arm], asked)
+        more, more_seconds = questions.ask_champion(base, champion.adapter, folder)
         lines, seconds = lines + more, seconds | more_seconds
 
     by_arm = {name: [line for line in lines if line["arm"] == name] for name in seconds}
@@ -240,6 +255,7 @@ def _evaluate(
         against="champion" if champion else "base",
         forgetting=forgotten,
         labels_from_champion=any(row.get("_origin") == "champion" for row in rows),
+        looks=looks,
     )
     if (
         champion
@@ -250,6 +266,7 @@ def _evaluate(
     about = {
         "customization": spec.name,
         "base_revision": revision,
+        "base_model": base_model.digest,
         "candidate": adapter.digest,
         "champion": champion.adapter.digest if champion else None,
         "champion_base": served.get("base_revision"),
@@ -260,6 +277,85 @@ def _evaluate(
     return lines, decision, seconds, about, known
 
 
+def champion_lines(
+    spec: CustomizationSpec,
+    root: Path,
+    store: ArtifactStore,
+    home: Path,
+    dataset: ArtifactRef,
+    champion: Champion,
+    on_progress: Callable[[str, int, int], None] | None = None,
+) -> list[Row]:
+    """What a champion on a base of its own answers to the evaluation rows: as in the reports that compare
+    with it. Raises what `build_report` raises."""
+    from ml_assets.engine import hardware
+    from ml_assets.engine.loading import load_base
+
+    assert champion.base_model is not None
+    compute = hardware.hardware_class(home)
+    questions = _Questions.of(spec, root, store, dataset, compute, on_progress)
+    base = load_base(store.open(champion.base_model), hardware.compute_dtype(home))
+    return questions.ask_champion(base, champion.adapter, store.open(champion.adapter))[0]
+
+
+@dataclass(frozen=True)
+class _Questions:
+    """The rows of an evaluation, and who keeps the answers to them."""
+
+    spec: CustomizationSpec
+    store: ArtifactStore
+    compute: str
+    train_rows: Sequence[Mapping[str, Any]]
+    rows: Sequence[Mapping[str, Any]]
+    must_pass: Sequence[Mapping[str, Any]]
+    columns: Sequence[str]
+    on_progress: Callable[[str, int, int], None] | None
+
+    @classmethod
+    def of(
+        cls,
+        spec: CustomizationSpec,
+        root: Path,
+        store: ArtifactStore,
+        dataset: ArtifactRef,
+        compute: str,
+        on_progress: Callable[[str, int, int], None] | None,
+    ) -> "_Questions":
+        evaluation, directory = spec.evaluation, store.open(dataset)
+        rows = select_rows(load_rows(directory, "evaluation"), evaluation.max_rows)
+        columns = list(dict.fromkeys(c for named in spec.prompt.columns().values() for c in named))
+        must_pass = load_must_pass(root / evaluation.must_pass, columns) if evaluation.must_pass else []
+        train_rows = load_rows(directory, "train")
+        return cls(spec, store, compute, train_rows, rows, must_pass, columns, on_progress)
+
+    def ask(
+        self, base: "Base", arms: list[Arm], asked_with: Mapping[str, Any] | None = None
+    ) -> tuple[list[Row], dict[str, list[float] | None]]:
+        return evaluate(
+            base,
+            self.spec.prompt,
+            self.spec.evaluation,
+            self.rows,
+            self.train_rows,
+            arms,
+            must_pass=self.must_pass,
+            asked_with=asked_with,
+            store=self.store,
+            compute=self.compute,
+            on_progress=self.on_progress,
+        )
+
+    def ask_champion(
+        self, base: "Base", adapter: ArtifactRef, folder: Path
+    ) -> tuple[list[Row], dict[str, list[float] | None]]:
+        """The champion is asked what it was trained on, if today's rows still have it."""
+        base.attach("champion", folder)
+        asked = read_json(folder / "manifest.json").get("prompt") or None
+        if asked and not all(c in self.columns for c in _columns(asked)):
+            asked = None
+        return self.ask(base, [adapter_arm("champion", adapter, folder)], asked)
+
+
 def _evaluation_rows(store: ArtifactStore, dataset: str) -> set[str]:
     """The rows that a champion was evaluated on when it was new; none where its dataset is gone."""
     try:
@@ -267,6 +363,15 @@ def _evaluation_rows(store: ArtifactStore, dataset: str) -> set[str]:
     except ArtifactError:
         return set()
     return {row["_row"] for row in rows}
+
+
+def adapter_arm(name: Literal["adapter", "champion"], ref: ArtifactRef, directory: Path) -> Arm:
+    """The arm of an adapter that is attached under the arm's name. One without weights is its base with
+    examples: what the base answered before to the same prompts need not be computed again."""
+    manifest = read_json(directory / "manifest.json")
+    if is_prompted(manifest):
+        return Arm(name, labels=_labels(manifest), shots=read_examples(directory, manifest))
+    return Arm(name, name, ref.digest, labels=_labels(manifest))
 
 
 def _labels(manifest: Mapping[str, Any]) -> list[str]:

@@ -93,6 +93,7 @@ class Decision:
     forgetting: float | None
     labels_from_champion: bool
     common_rows: int
+    looks: int = 1
     left_out: dict[str, int] = field(default_factory=dict)
 
     def as_json(self) -> dict[str, Any]:
@@ -112,17 +113,21 @@ def decide(
     against: Literal["champion", "base"],
     forgetting: float | None = None,
     labels_from_champion: bool = False,
+    looks: int = 1,
 ) -> Decision:
     """Compare evaluated rows (the dicts of rows.jsonl) of two arms on the rows that both have.
 
     `forgetting`: rise of the negative log-likelihood of neutral text, nats per token; None: not measured.
     `labels_from_champion`: the expected answers came from the champion, so that nothing can be shown better.
+    `looks`: how many candidates may be compared on these rows until one is promoted; each gets its share of
+    alpha (Bonferroni), so that the chance of promoting one that is worse by the margin is alpha in all.
     Raises ValueError when an arm has a row twice, or a row lacks the deciding metric.
     """
     candidate, reference = _by_row(candidate_rows, "candidate"), _by_row(reference_rows, "reference")
     common = sorted(row for row in candidate if row in reference and is_sampled(candidate[row]))
     pairs = [(candidate[row], reference[row]) for row in common]
     arm = str(reference_rows[0]["arm"]) if reference_rows else against
+    whole, spec = spec, share_alpha(spec, looks)
     gate = spec.gate
     threshold = -gate.margin if against == "champion" else gate.min_gain
     rejections: list[str] = []
@@ -136,8 +141,9 @@ def decide(
         doubts.append("candidate and reference have no evaluated row in common")
     else:
         needs = _judge(difference, against, arm, spec, threshold, rejections, doubts)
-    flips = _flips(pairs, spec, rejections, doubts, notes) if pairs else []
-    value = _value(pairs, spec, arm, rejections) if pairs else None
+    # these can only refuse: they keep the whole of alpha
+    flips = _flips(pairs, whole, rejections, doubts, notes) if pairs else []
+    value = _value(pairs, whole, arm, rejections) if pairs else None
     if forgetting is not None and not forgetting <= gate.max_forgetting:  # NaN is too much, too
         rejections.append(
             f"forgetting: the negative log-likelihood of neutral text rises by {forgetting:.3f} nats per "
@@ -145,7 +151,7 @@ def decide(
         )
     for part in flips:
         if difference is not None and part.status == "perhaps above":
-            more = _rows_for_share(part.share, gate.max_negative_flips, gate.alpha, gate.power)
+            more = _rows_for_share(part.share, gate.max_negative_flips, whole.gate.alpha, gate.power)
             if more is not None:
                 needs = max(needs or 0, math.ceil(more * difference.rows / part.rows))
 
@@ -157,6 +163,11 @@ def decide(
     reasons = rejections or doubts
     if verdict == "promote" and difference is not None:
         reasons = [_promotion(difference, against, arm, spec, claim)]
+    if looks > 1:
+        notes.append(
+            f"one of {looks} looks at these rows that were planned: each may promote a candidate that is "
+            f"worse by the margin with a probability of at most {gate.alpha:.2%}"
+        )
     if labels_from_champion:
         notes.append(
             "the expected answers came from the champion: 'as good as' is the most that they can show"
@@ -180,11 +191,21 @@ def decide(
         forgetting=forgetting,
         labels_from_champion=labels_from_champion,
         common_rows=len(pairs),
+        looks=looks,
         left_out={
             "candidate": sum(map(is_sampled, candidate.values())) - len(pairs),
             "reference": sum(map(is_sampled, reference.values())) - len(pairs),
         },
     )
+
+
+def share_alpha(spec: EvaluationSpec, looks: int) -> EvaluationSpec:
+    """The evaluation with the part of the gate's alpha that one of `looks` looks has. Raises ValueError when
+    there is none."""
+    if looks < 1:
+        raise ValueError(f"looks: expected at least 1, found {looks}")
+    gate = spec.gate.model_copy(update={"alpha": spec.gate.alpha / looks})
+    return spec if looks == 1 else spec.model_copy(update={"gate": gate})
 
 
 def better_arm(arms: Mapping[str, Sequence[Row]], spec: EvaluationSpec) -> str:

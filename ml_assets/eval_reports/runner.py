@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from ml_assets.artifacts import ArtifactStore, canonical_json, sha256_bytes
 from ml_assets.datasets.snapshot import normalize
+from ml_assets.engine.examples import Examples, put_before
 from ml_assets.eval_reports.metrics import MetricError, metric_name, right_from, row_scores
 from ml_assets.eval_reports.value import is_refused
 from ml_assets.spec import EvaluationSpec, PromptSpec
@@ -50,13 +51,15 @@ class Answer:
 class Arm:
     """One way to get answers: `adapter` is a name attached to the base, `identity` the digest of its artifact
     (both None for the bare base), `examples` are training rows shown in the prompt, `labels` what it chooses
-    its answers from (None: as the evaluation says; none: it generates them)."""
+    its answers from (None: as the evaluation says; none: it generates them), `shots` the examples of an
+    adapter that has them instead of weights."""
 
     name: ArmName
     adapter: str | None = None
     identity: str | None = None
     examples: Sequence[Mapping[str, Any]] = ()
     labels: Sequence[str] | None = None
+    shots: Examples | None = None
 
 
 # -- rows ----------------------------------------------------------------------------------------------
@@ -135,12 +138,8 @@ def build_messages(
     """System message, if there is one, the examples as earlier turns, and the row's question."""
     from ml_assets.engine.prompting import render_messages, render_target
 
-    *system, question = render_messages(prompt, row)
-    turns: list[Message] = []
-    for example in examples:
-        turns.append(render_messages(prompt, example)[-1])
-        turns.append({"role": "assistant", "content": render_target(prompt, example)})
-    return [*system, *turns, question]
+    shown = [(render_messages(prompt, row)[-1]["content"], render_target(prompt, row)) for row in examples]
+    return [dict(message) for message in put_before(render_messages(prompt, row), shown)]
 
 
 def default_new_tokens(
@@ -334,6 +333,8 @@ def evaluate(
     seconds: dict[str, list[float] | None] = {}
     for arm in arms:
         conversations = [build_messages(asked, row, arm.examples) for row in ordered]
+        if arm.shots:
+            conversations = [_shown(base, arm.shots, messages, max_new_tokens) for messages in conversations]
         answers, seconds[arm.name] = answer(
             base,
             conversations,
@@ -363,6 +364,12 @@ def _question(prompt: PromptSpec, row: Mapping[str, Any]) -> tuple[str, str]:
     from ml_assets.engine.prompting import render_messages, render_target
 
     return json.dumps(render_messages(prompt, row)), render_target(prompt, row)
+
+
+def _shown(base: "Base", shots: Examples, messages: Sequence[Message], max_new_tokens: int) -> list[Message]:
+    room = base.context_length - max(0, max_new_tokens - shots.answer_tokens)
+    found = shots.before(messages, lambda longer: len(base.chat.prompt_ids(longer)), room)
+    return [dict(message) for message in found]
 
 
 def fitting_examples(
