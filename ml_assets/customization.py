@@ -254,7 +254,7 @@ class Customization(dg.Component):
             raise self.origin.error(mistakes)
         produced = [
             build_dataset_asset(spec, root),
-            build_adapter_asset(spec),
+            build_adapter_asset(spec, root),
             build_eval_report_asset(spec, root),
             build_endpoint_asset(spec),
         ]

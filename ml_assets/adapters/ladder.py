@@ -34,6 +34,7 @@ from ml_assets.adapters.port import (
 from ml_assets.adapters.prompted import PROMPTED_VERSION, publish_prompted
 from ml_assets.adapters.recipe import training_examples
 from ml_assets.adapters.rungs import Climb, RungResult
+from ml_assets.adapters.train import KIND as ADAPTER
 from ml_assets.adapters.train import UNTRAINABLE, AdapterInputs, TrainedAdapter, open_inputs, train_adapter
 from ml_assets.artifacts import (
     ArtifactError,
@@ -67,9 +68,9 @@ MIN_SCREEN_ROWS, SCREEN_ROWS, SCREEN_SHARE = 8, 48, 0.08
 this share of those, within the limits."""
 SCREEN_ALPHA = 0.025
 """Chance that a rung is not shown although it is as good as the champion."""
-HOPELESS, CONVINCING = 0.5, 0.9
-"""Of what the champion's adapter gains in nats per answer: below the first a rung is not shown, from the
-second on it is shown without answering validation rows first."""
+HOPELESS, MAPPED = 0.5, 0.9
+"""Of what the champion's adapter gains in nats per validation answer: with less a rung is not shown, nor,
+below the second, an adapter that was mapped to other shapes and not tuned."""
 DISTIL_SHARE = 0.3
 """Of the steps of a full training, for distillation; never less than the short tune's."""
 OVERHEAD = 0.10
@@ -130,6 +131,20 @@ def climb(
         on_progress,
         checkpoint_seconds,
     ).run()
+
+
+def trained_before(inputs: AdapterInputs, store: ArtifactStore, kind: str) -> TrainedAdapter | None:
+    """What a full training on these inputs gave before; `kind`: the champion's, for `adapter.kind: auto`."""
+    if inputs.spec.adapter.kind == "auto" and kind != "prompt":
+        inputs = _with_kind(inputs, kind)
+    known = store.recall(ADAPTER, inputs.key)
+    if known is None:
+        return None
+    try:
+        store.open(known[0])
+    except ArtifactError:
+        return None
+    return TrainedAdapter(*known, reused=True)
 
 
 def known_climb(
@@ -336,7 +351,7 @@ class _Climber:
     def _plan_copy(self, plan: _Plan) -> None:
         """Measure every start on the validation rows."""
         ported: tuple[RungName, ...] = ("copy", "tune", "distil")
-        wanted = [rung for rung in ported if rung in self.spec.migration.rungs]
+        wanted: list[RungName] = [rung for rung in ported if rung in self.spec.migration.rungs]
         copies, reason = same_tokenizer(self.inputs.base_manifest, self.parent_base), ""
         if not copies:
             reason = (
@@ -362,7 +377,7 @@ class _Climber:
             return self._settle(plan, "copy", "", "skipped", reason)
         best = min(starts, key=lambda name: plan.losses[name])
         loss, bare, gained = plan.losses[best], plan.losses[SCRATCH], plan.gained(plan.losses[best])
-        least = CONVINCING if best == "mapped" else HOPELESS
+        least = MAPPED if best == "mapped" else HOPELESS
         measured = f"{loss:.3f} nats per validation answer with the {best}, {bare:.3f} without"
         if loss >= bare:
             self._settle(plan, "copy", best, "not shown", f"worse than no adapter: {measured}")
@@ -555,8 +570,6 @@ class _Climber:
         seen = [loss for _, loss in trained.record.get("validation", [])]
         loss = min(seen) if seen else plan.losses[self._start(rung, plan)]
         gained = plan.gained(loss)
-        if gained is not None and gained >= CONVINCING:
-            return None
         if gained is not None and gained < HOPELESS:
             return (
                 f"{gained:.0%} of what the champion gains on validation answers ({loss:.3f} nats each), "
@@ -616,7 +629,7 @@ class _Climber:
         assert best.adapter_digest is not None
         ref = ArtifactRef("adapter", best.adapter_digest)
         manifest = read_json(self.store.open(ref) / "manifest.json")
-        known = self.store.recall("adapter", manifest["input_key"])
+        known = self.store.recall(ADAPTER, manifest["input_key"])
         if known is None:
             raise ArtifactError(f"{ref}: its record is gone")
         return TrainedAdapter(ref, known[1], reused=True)
@@ -655,7 +668,7 @@ class _Climber:
         digest, manifest = self.champion.adapter.digest, self.parent
         rate = None
         for _ in range(20):  # one that was only copied has no rate of its own
-            known = self.store.recall("adapter", manifest["input_key"])
+            known = self.store.recall(ADAPTER, manifest["input_key"])
             rate = known[1].get("tokens_per_second") if known else None
             if rate or not manifest.get("parent"):
                 break

@@ -75,6 +75,10 @@ class Climb:
         """S = 1 - (all rungs and their evaluations) / (a full training and its evaluation)."""
         return None if not self.full_seconds else 1 - self.seconds / self.full_seconds
 
+    def of(self, adapter_digest: str) -> RungResult | None:
+        """The rung that gave an adapter."""
+        return next((rung for rung in self.rungs if rung.adapter_digest == adapter_digest), None)
+
     def table(self) -> dict[str, Any]:
         """The climb as reports show it: without the run that happened to do it."""
         body = asdict(self) | {"seconds": self.seconds, "saved": self.saved}

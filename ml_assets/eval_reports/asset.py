@@ -2,18 +2,19 @@
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import dagster as dg
 
+from ml_assets.adapters.ladder import known_climb
 from ml_assets.artifacts import ArtifactError, ArtifactRef, ArtifactStore
 from ml_assets.base_models.partitions import BASE_MODELS
 from ml_assets.decisions.meter import metered
 from ml_assets.decisions.staleness import note_candidate
 from ml_assets.decisions.tags import DECISION_TAG, run_cost
-from ml_assets.eval_reports.build import REPORT_VERSION, BuiltReport, Champion, build_report
+from ml_assets.eval_reports.build import REPORT_VERSION, BuiltReport, Champion, build_report, with_climb
 from ml_assets.eval_reports.checks import check_results, check_specs
 from ml_assets.eval_reports.metrics import MetricError
 from ml_assets.eval_reports.report import headline
@@ -69,7 +70,21 @@ def build_eval_report_asset(spec: CustomizationSpec, root: Path) -> dg.AssetsDef
 
         settings, store = Settings.from_env(), artifact_store.store()
         manifest = read_json(store.open(adapter) / "manifest.json")
-        champion = _champion(store, io_manager, mlflow_tracking.get_alias(spec.name, CHAMPION), manifest)
+        try:
+            version = mlflow_tracking.get_alias(spec.name, CHAMPION)
+            champion = champion_of(store, io_manager, version, manifest, "base_identity")
+        except ArtifactError as error:
+            raise dg.Failure(str(error), allow_retries=False) from error
+        climb = known_climb(
+            spec,
+            root,
+            store,
+            settings.home,
+            base_model=base_model,
+            dataset=dataset,
+            champion=champion,
+        )
+        rung = climb.of(adapter.digest) if climb else None
         said = time.monotonic()
 
         def tell(arm: str, done: int, total: int) -> None:
@@ -90,8 +105,11 @@ def build_eval_report_asset(spec: CustomizationSpec, root: Path) -> dg.AssetsDef
                     dataset=dataset,
                     base_model=base_model,
                     champion=champion,
+                    looks=rung.looks if rung and rung.looks else 1,
                     on_progress=tell,
                 )
+                if climb and rung:
+                    built = with_climb(built, climb, spec, root, store, settings.home)
                 meter.rows = built.summary["rows"]
                 if built.reused:
                     meter.device_seconds = 0
@@ -135,13 +153,15 @@ def build_eval_report_asset(spec: CustomizationSpec, root: Path) -> dg.AssetsDef
     return eval_report
 
 
-def _champion(
+def champion_of(
     store: ArtifactStore,
     references: ArtifactRefIOManager,
     version: VersionInfo | None,
-    candidate: dict[str, Any],
+    candidate: Mapping[str, Any],
+    identity: str = "identity",
 ) -> Champion | None:
-    """The adapter behind the alias, with the base it sits on where that is not the candidate's."""
+    """The adapter behind the alias, with the base it sits on where that is not the candidate's, whose
+    `identity` is in a field of its manifest. Raises ArtifactError when it is damaged or gone."""
     from ml_assets.engine.loading import read_json
 
     if version is None:
@@ -149,13 +169,11 @@ def _champion(
     adapter = ArtifactRef("adapter", version.adapter_digest)
     try:
         manifest = read_json(store.open(adapter) / "manifest.json")
-        if manifest["base_identity"] == candidate["base_identity"]:
+        if manifest["base_identity"] == candidate[identity]:
             return Champion(adapter, None)
         return Champion(adapter, references.load(dg.AssetKey("base_model"), manifest["base_revision"]))
     except (ArtifactError, FileNotFoundError) as error:
-        raise dg.Failure(
-            f"the champion (version {version.version}) can't be compared with: {error}", allow_retries=False
-        ) from error
+        raise ArtifactError(f"the champion (version {version.version}) is gone: {error}") from error
 
 
 def record(

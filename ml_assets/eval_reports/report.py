@@ -29,6 +29,7 @@ COLORS = {"zero_shot": "#a8a29e", "few_shot": "#78716c", "adapter": "#0f766e", "
 VERDICTS = {"promote": "Promote", "reject": "Reject", "undecided": "Undecided"}
 TAIL = 0.025  # of each side of a 95 % interval
 MOST_SEGMENTS = 24
+MOST_FLIPS = 200
 WORST = 12
 
 
@@ -78,6 +79,7 @@ def summarize(
         },
         "segments": _segments(sampled, evaluation, names[0]),
         "transfer": _transfer(sampled, evaluation, names[0], known_to_champion),
+        "flips": negative_flips(lines, decision.reference),
         "decision": decision.as_json(),
     }
 
@@ -174,6 +176,28 @@ def _transfer(
         for (age, name), found in sorted(
             groups.items(), key=lambda item: (item[0][0] == "new", item[0][1] != "all", item[0][1])
         )
+    ]
+
+
+def negative_flips(lines: Sequence[Row], reference: str) -> list[dict[str, Any]]:
+    """Every row that the reference had right and the candidate has wrong, in the order of segments: what was
+    asked and expected, and both answers."""
+    before = {row["row"]: row for row in lines if row["arm"] == reference and row["right"]}
+    lost = [
+        row
+        for row in lines
+        if row["arm"] == "adapter" and not row["right"] and is_sampled(row) and row["row"] in before
+    ]
+    return [
+        {
+            "row": row["row"],
+            "segments": row["segments"],
+            "prompt": row["prompt"],
+            "expected": row["expected"],
+            "before": before[row["row"]]["answer"],
+            "now": row["answer"],
+        }
+        for row in sorted(lost, key=lambda row: ([*row["segments"].values()], row["row"]))
     ]
 
 
@@ -372,6 +396,8 @@ def render_html(summary: Mapping[str, Any], lines: Sequence[Row]) -> str:
         worst=worst_examples(lines, summary["metric"], decision["reference"]),
         must_pass=sorted(required, key=lambda row: (row["right"], row["row"])),
         most_segments=MOST_SEGMENTS,
+        most_flips=MOST_FLIPS,
+        climb=summary.get("climb"),
     )
 
 
@@ -387,8 +413,27 @@ def render_markdown(summary: Mapping[str, Any]) -> str:
         cells = [_cell(found["metrics"][name], 3) for name in head]
         out.append(f"| {ARM_TITLES[arm]} | {' | '.join(cells)} | {_cell(found['value'], 2)} |")
     out += ["", f"{summary['rows']} evaluation rows, 95 % intervals in brackets.", ""]
+    if climb := summary.get("climb"):
+        out += _climb_lines(climb)
     out.append(f"![{summary['metric']} by arm]({arms_plot(summary, dpi=80)})")
     return "\n".join(out)
+
+
+def _climb_lines(climb: Mapping[str, Any]) -> list[str]:
+    """The rungs of the port ladder, and what they cost."""
+    out = ["| rung | start | verdict | candidate | champion | flips | training s | evaluation s | because |"]
+    out.append("| --- | --- | --- | ---: | ---: | ---: | ---: | ---: | --- |")
+    for rung in climb["rungs"]:
+        scores = ["–" if rung[name] is None else f"{rung[name]:.3f}" for name in ("candidate", "reference")]
+        flips = "–" if rung["negative_flips"] is None else str(rung["negative_flips"])
+        seconds = [f"{rung[name]:.1f}" for name in ("training_seconds", "evaluation_seconds")]
+        cells = [rung["rung"], rung["start"] or "–", rung["verdict"], *scores, flips, *seconds]
+        out.append(f"| {' | '.join(cells)} | {_escape(_cut(rung['reason'], 200))} |")
+    spent = f"{climb['seconds']:.1f} s of computing"
+    if climb["saved"] is not None:
+        spent += f", {climb['saved']:.0%} less than the {climb['full_seconds']:.1f} s of a full training and "
+        spent += f"its evaluation ({_escape(climb['full_from'])})"
+    return [*out, "", f"{spent}.", ""]
 
 
 def _cell(found: Mapping[str, float] | None, digits: int) -> str:
