@@ -51,6 +51,16 @@ class ArtifactRef:
         return f"{self.kind}:{self.digest[:12]}"
 
 
+@dataclass(frozen=True)
+class Memo:
+    """What the computation of `kind` with `input_key` gave, and its record."""
+
+    kind: str
+    input_key: str
+    ref: ArtifactRef
+    record: dict[str, Any]
+
+
 def canonical_json(value: Any) -> bytes:
     """The one byte form of a JSON value: sorted keys, no spaces, UTF-8, no NaN."""
     return json.dumps(
@@ -377,6 +387,20 @@ class ArtifactStore:
             raise ArtifactError(f"{path}: hash of the index entry differs; delete the file to compute again")
         ref = ArtifactRef(kind, entry["digest"])
         return (ref, entry["record"]) if self.exists(ref) else None
+
+    def memos(self, kind: str | None = None) -> Iterator[Memo]:
+        """All that `remember` noted, of one kind or of all; damaged notes are left out."""
+        pattern = f"{self.root}/index/{kind or '*'}/*.json"
+        for path in sorted(self.fs.glob(pattern)):
+            try:
+                entry = json.loads(self.fs.cat_file(path))
+                check = entry.pop("sha256")
+            except (OSError, ValueError, KeyError, TypeError, AttributeError):
+                continue
+            if sha256_bytes(canonical_json(entry)) == check:
+                folder, name = str(path).rsplit("/", 2)[-2:]
+                ref = ArtifactRef(folder, entry["digest"])
+                yield Memo(folder, name.removesuffix(".json"), ref, entry["record"])
 
     def _directory(self, ref: ArtifactRef) -> str:
         return f"{self.root}/{ref.kind}/{ref.digest}"

@@ -64,6 +64,7 @@ class Policy:
     price: float = 0.0
     """Money for a device second."""
     fleet: Limits = NO_LIMITS
+    migration_mode: Literal["automatic", "record"] = "automatic"
 
     @classmethod
     def of(cls, spec: CustomizationSpec, settings: Settings) -> "Policy":
@@ -76,6 +77,7 @@ class Policy:
             uses_labels=spec.feedback.use == "labels",
             price=settings.device_second_price,
             fleet=Limits(settings.fleet_device_seconds, settings.fleet_money),
+            migration_mode=spec.migration.mode,
         )
 
     @property
@@ -281,10 +283,13 @@ def permitted(decision: Decision, policy: Policy, spent: Spent, fleet_spent: Spe
     """The decision with its status: whether it is done, or would have been. `spent` includes reservations."""
     status: Status = "to_do"
     reason = decision.reason
+    mode, field = policy.maintenance.mode, "maintenance"
+    if decision.action == "migrate":
+        mode, field = policy.migration_mode, "migration"
     if decision.action == "watch":
         status = "no_action"
-    elif policy.maintenance.mode == "record":
-        status, reason = "record_only", f"{reason} (would have: maintenance.mode is record)"
+    elif mode == "record":
+        status, reason = "record_only", f"{reason} (would have: {field}.mode is record)"
     elif decision.action in TRAINING:
         seconds = decision.device_seconds or 0.0
         planned = Spent(seconds, seconds * policy.price)

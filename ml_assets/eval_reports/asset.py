@@ -136,7 +136,8 @@ def build_eval_report_asset(spec: CustomizationSpec, root: Path) -> dg.AssetsDef
                 "verdict": built.decision["verdict"],
             }
             note_candidate(book, spec.name, facts)
-            if decision := context.run.tags.get(DECISION_TAG):
+            decision = context.run.tags.get(DECISION_TAG)
+            if decision or (decision := book.migrating(spec.name, context.partition_key)):
                 book.step(decision, "judged", built.decision["verdict"], context.run.run_id)
         yield dg.MaterializeResult(
             value=built.ref,
