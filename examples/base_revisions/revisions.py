@@ -88,7 +88,9 @@ def make(
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):
         if not folder.exists():
-            temporary = Path(tempfile.mkdtemp(prefix=".making-", dir=folder.parent))
+            temporary = folder.parent / f".making-{folder.name}"
+            shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed
+            temporary.mkdir()
             try:
                 record = _make(name, fetched, plan, settings, temporary / "model", log)
                 (temporary / "model" / "record.json").write_bytes(canonical_json(record) + b"\n")
