@@ -487,6 +487,12 @@ class FeedbackSpec(Block):
     min_rows_per_key: int = Field(
         default=10, ge=1, description="rows that a key may give whatever its share, so that a few users count"
     )
+    must_pass: int = Field(
+        default=20,
+        ge=0,
+        description="rows that were answered wrong in production, the newest, which later candidates must "
+        "get right (docs/evaluation.md); 0: none",
+    )
 
 
 class DriftSpec(Block):

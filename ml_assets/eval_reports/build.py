@@ -17,6 +17,7 @@ from ml_assets.artifacts import (
     sha256_bytes,
     sha256_file,
 )
+from ml_assets.datasets.failures import production_failures
 from ml_assets.datasets.snapshot import load_rows
 from ml_assets.engine.examples import is_prompted, read_examples
 from ml_assets.eval_reports.gate import Decision, better_arm, decide
@@ -90,6 +91,7 @@ def report_key(
         "customization": spec.name,
         "prompt": spec.prompt.model_dump(),
         "evaluation": evaluation.model_dump(),
+        "failures": spec.feedback.must_pass,
         "must_pass": sha256_file(must_pass) if must_pass and must_pass.is_file() else None,
         "adapter": adapter.digest,
         "dataset": dataset.digest,
@@ -225,7 +227,9 @@ def _evaluate(
     if evaluation.few_shot:
         tokens = evaluation.max_new_tokens or default_new_tokens(base, spec.prompt, train_rows)
         examples = choose_examples(train_rows, spec.prompt, evaluation, spec.adapter.seed)
-        examples = fitting_examples(base, spec.prompt, [*rows, *must_pass], examples, tokens)
+        examples = fitting_examples(
+            base, spec.prompt, [*rows, *must_pass, *questions.failures], examples, tokens
+        )
         if examples:
             arms.append(Arm("few_shot", examples=examples))
     arms.append(adapter_arm("adapter", adapter, store.open(adapter)))
@@ -308,6 +312,7 @@ class _Questions:
     train_rows: Sequence[Mapping[str, Any]]
     rows: Sequence[Mapping[str, Any]]
     must_pass: Sequence[Mapping[str, Any]]
+    failures: Sequence[Mapping[str, Any]]
     columns: Sequence[str]
     on_progress: Callable[[str, int, int], None] | None
 
@@ -325,8 +330,9 @@ class _Questions:
         rows = select_rows(load_rows(directory, "evaluation"), evaluation.max_rows)
         columns = list(dict.fromkeys(c for named in spec.prompt.columns().values() for c in named))
         must_pass = load_must_pass(root / evaluation.must_pass, columns) if evaluation.must_pass else []
-        train_rows = load_rows(directory, "train")
-        return cls(spec, store, compute, train_rows, rows, must_pass, columns, on_progress)
+        train_rows, held_out = load_rows(directory, "train"), load_rows(directory, "evaluation")
+        failures = production_failures([*train_rows, *held_out], spec.feedback.must_pass)
+        return cls(spec, store, compute, train_rows, rows, must_pass, failures, columns, on_progress)
 
     def ask(
         self, base: "Base", arms: list[Arm], asked_with: Mapping[str, Any] | None = None
@@ -339,6 +345,7 @@ class _Questions:
             self.train_rows,
             arms,
             must_pass=self.must_pass,
+            failures=self.failures,
             asked_with=asked_with,
             store=self.store,
             compute=self.compute,

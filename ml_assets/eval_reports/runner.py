@@ -254,8 +254,10 @@ def evaluated_rows(
     evaluation: EvaluationSpec,
     sampled: Sequence[bool],
     must_pass: Sequence[bool],
+    failed: Mapping[str, str] | None = None,
 ) -> list[Row]:
-    """One line per row: the dicts of rows.jsonl. Raises MetricError that names the row."""
+    """One line per row: the dicts of rows.jsonl. `failed` says of rows that were wrong in production whether
+    they were `trained` on or `held_out`. Raises MetricError that names the row."""
     metrics = evaluation.resolved_metrics()
     scorers = row_scores(metrics, evaluation.task)
     decides = metric_name(metrics[0])
@@ -283,6 +285,7 @@ def evaluated_rows(
                 "cluster": str(row.get(evaluation.cluster)) if evaluation.cluster else None,
                 "must_pass": must_pass[i],
                 "sampled": sampled[i],
+                **({"failed": failed[row["_row"]]} if failed and row["_row"] in failed else {}),
                 "prompt_tokens": found.prompt_tokens,
                 "answer_tokens": found.answer_tokens,
                 "finished": found.finished,
@@ -300,6 +303,7 @@ def evaluate(
     arms: Sequence[Arm],
     *,
     must_pass: Sequence[Mapping[str, Any]] = (),
+    failures: Sequence[Mapping[str, Any]] = (),
     asked_with: PromptSpec | Mapping[str, Any] | None = None,
     store: ArtifactStore | None = None,
     compute: str = "",
@@ -309,6 +313,7 @@ def evaluate(
 
     `rows` are the selected evaluation rows. `asked_with` is the prompt put to the model when it is not the
     customization's own (a champion was trained on its own); what is expected always follows `prompt`.
+    `failures` are rows of either side of the dataset that were answered wrong in production.
     """
     from ml_assets.engine.prompting import render_target
 
@@ -319,6 +324,11 @@ def evaluate(
     for row in must_pass:  # one that is an evaluation row as well is evaluated once
         key = questions.get(_question(prompt, row), row["_row"])
         required.add(key)
+        chosen.setdefault(key, row)
+    failed: dict[str, str] = {}
+    for row in failures:
+        key = questions.get(_question(prompt, row), row["_row"])
+        failed[key] = "trained" if row["_split"] == "train" else "held_out"
         chosen.setdefault(key, row)
     ordered = [chosen[key] for key in sorted(chosen)]
     if not ordered:
@@ -356,6 +366,7 @@ def evaluate(
             evaluation,
             [row["_row"] in sampled for row in ordered],
             [row["_row"] in required for row in ordered],
+            failed,
         )
     return lines, seconds
 
