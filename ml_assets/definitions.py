@@ -12,6 +12,7 @@ import dagster as dg
 from ml_assets.adapters.reproduce import build_reproduce_job
 from ml_assets.customization import BaseModels, Customization
 from ml_assets.fleet.asset import build_fleet_assets
+from ml_assets.fleet.garbage_job import build_garbage_job
 from ml_assets.mistakes import SpecError, check_files
 from ml_assets.settings import Settings
 from ml_assets.spec import CustomizationSpec
@@ -71,7 +72,7 @@ def _build(project: Path) -> dg.Definitions:
         },
         executor=by_value_executor,
     )
-    fleet = [_fleet(specs, list(folder.jobs or []))] if specs else []
+    fleet = [_fleet(specs, list(folder.jobs or [])), build_garbage_job(specs)] if specs else []
     bases = tree.get_all_components(BaseModels) if tree else []
     if bases:
         updates = build_base_updates_sensor(

@@ -224,6 +224,13 @@ class DecisionBook:
         with self._engine.connect() as connection:
             return _histories(connection, which, None)
 
+    def open(self) -> list[History]:
+        """Everything that is to be done or under way."""
+        ended = sa.select(_steps.c.decision_id).where(_steps.c.step.in_(FINAL))
+        which = sa.and_(_decisions.c.status == "to_do", _decisions.c.id.not_in(ended))
+        with self._engine.connect() as connection:
+            return _histories(connection, which, None)
+
     def start_together(self, ids: Collection[str]) -> str:
         """Write down that these decisions are carried out by one backfill; gives its id (8 hex), which is
         the detail of the step `started` of each."""

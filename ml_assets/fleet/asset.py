@@ -11,6 +11,7 @@ from ml_assets.base_models.partitions import BASE_MODELS
 from ml_assets.decisions.book import DecisionBook, History
 from ml_assets.decisions.diagnosis import Policy
 from ml_assets.decisions.records import NOTHING, Note, Spent
+from ml_assets.drift_reports.fleet import fleet_alarms
 from ml_assets.endpoints.ledger import Release, now
 from ml_assets.fleet.migration_page import Evaluated, build_page, render_html, table_rows
 from ml_assets.settings import Settings
@@ -47,11 +48,14 @@ def build_fleet_assets(specs: Sequence[CustomizationSpec]) -> list[dg.AssetsDefi
             for spec in specs
         ]
         losing = [row["customization"] for row in rows if row["last look"] in ("loss", "unknown_loss")]
+        looks = {name: found["look"].value for name, found in notes.items() if "look" in found}
+        moved = fleet_alarms({name: float(look.get("e_value", 1.0)) for name, look in looks.items()})
         return dg.MaterializeResult(
             metadata={
                 "customizations": table(rows),
                 "serving": sum(row["champion"] != "" for row in rows),
                 "with_confirmed_loss": len(losing),
+                "traffic_has_moved": ", ".join(moved) or "none stands out",
                 "actions_under_way": len(under_way),
             }
         )
@@ -176,6 +180,7 @@ def overview_row(
         "serves since": release.at[:16].replace("T", " ") if release else "",
         "looked at": look.at[:16].replace("T", " ") if look else "",
         "last look": str(look.value["kind"]) if look else "",
+        "evidence of change": round(float(look.value.get("e_value", 1.0)), 1) if look else 1.0,
         "last decision": f"{latest.decision.action} ({latest.state})" if latest else "",
         "device seconds": round(spent.device_seconds, 1),
         "money": round(spent.money, 4),
