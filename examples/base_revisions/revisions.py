@@ -293,7 +293,8 @@ def as_phi3(model: Any, new: Any, embeddings: Any) -> Any:
         eos_token_id=new.eos_token_id,
         pad_token_id=new.pad_token_id,
     )
-    made = Phi3ForCausalLM(config).to(device=model.device, dtype=model.dtype)
+    made: Any = Phi3ForCausalLM(config)
+    made.to(device=model.device, dtype=model.dtype)
     state = {
         "model.embed_tokens.weight": embeddings,
         "model.norm.weight": model.model.norm.weight,

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections.abc import Mapping
 
 import numpy as np
 import pytest
@@ -33,7 +34,7 @@ from tests.tiny_models import tiny_model
 GATE = {"false_promotion": 0.02, "worlds": []}
 
 
-def cell(revision: str = "minor", *, full_ran: bool = False, **means: float) -> dict:
+def cell(revision: str = "minor", means: Mapping[str, float] | None = None, full_ran: bool = False) -> dict:
     """Two hundred rows of which each variant has the first ones right: as many as its mean says."""
     rungs = [
         RungResult("bare", "zero_shot", "not shown", "", evaluation_seconds=3.0, screen_seconds=3.0),
@@ -50,7 +51,7 @@ def cell(revision: str = "minor", *, full_ran: bool = False, **means: float) -> 
             )
         )
     climb = Climb("c" * 64, "one", "before@0", "d" * 64, "before@1", "e" * 64, tuple(rungs), 100.0)
-    values = {"champion": 0.9, PORTED: 0.88, NONE: 0.5, FULL: 0.9} | means
+    values = {"champion": 0.9, PORTED: 0.88, NONE: 0.5, FULL: 0.9} | dict(means or {})
     right = {name: {f"{i:03}": i < round(200 * value) for i in range(200)} for name, value in values.items()}
     scores = {name: {row: float(ok) for row, ok in found.items()} for name, found in right.items()}
     return {
@@ -81,7 +82,7 @@ def test_a_climb_that_ends_in_a_full_training_saves_nothing():
 
 def test_the_gap_counts_only_where_the_full_retrain_gains():
     assert recovered(cell()) == pytest.approx((0.88 - 0.5) / (0.9 - 0.5))
-    assert recovered(cell(**{FULL: 0.52})) is None
+    assert recovered(cell(means={FULL: 0.52})) is None
     assert recovered(cell(), COPY) is None
 
 
@@ -94,7 +95,7 @@ def test_flips_are_counted_against_the_champion():
 
 def test_figures_have_the_names_that_were_given_and_null_for_what_was_not_measured():
     naive = {FULL: 0.86}
-    found = figures([cell(), cell("shapes", **naive), cell("family", full_ran=True)], GATE)
+    found = figures([cell(), cell("shapes", naive), cell("family", full_ran=True)], GATE)
     assert found == {
         "saved_minor": 0.5,
         "gap_recovered_minor": 0.95,
@@ -110,9 +111,9 @@ def test_figures_have_the_names_that_were_given_and_null_for_what_was_not_measur
 
 
 def test_equal_quality_needs_evidence():
-    assert equality([cell(**{PORTED: 0.9})])["equal"]
-    assert not equality([cell(**{PORTED: 0.86})])["equal"]
-    few = cell(**{PORTED: 0.9})
+    assert equality([cell(means={PORTED: 0.9})])["equal"]
+    assert not equality([cell(means={PORTED: 0.86})])["equal"]
+    few = cell(means={PORTED: 0.9})
     rows = list(few["scores"][FULL])[-20:]
     for name in (FULL, PORTED):
         few["scores"][name] = {row: few["scores"][name][row] for row in rows}

@@ -11,7 +11,15 @@ import torch
 from safetensors.torch import load_file
 
 from examples.base_revisions import revisions, text
-from examples.base_revisions.revisions import Plan, as_phi3, dispensable_layers, make, publish, remove_layers
+from examples.base_revisions.revisions import (
+    Plan,
+    Revision,
+    as_phi3,
+    dispensable_layers,
+    make,
+    publish,
+    remove_layers,
+)
 from examples.base_revisions.training import LENGTH, blocks, next_token_loss
 from ml_assets.artifacts import ArtifactStore
 from ml_assets.base_models import conversion, identity
@@ -42,7 +50,7 @@ def base(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def made(base, evergreen_home):
-    def make_one(name: str, **changes):
+    def make_one(name: Revision, **changes):
         source = DirectoryBase(kind="directory", path=str(base))
         return make(name, Settings.from_env(), source=source, plan=PLANS.get(name), **changes)
 
