@@ -55,7 +55,7 @@ class Plan:
 
 
 PLANS: dict[str, Plan] = {
-    "minor": Plan(steps=10, rate=1e-4),
+    "minor": Plan(steps=12, rate=3e-4),
     "shapes": Plan(steps=12, rate=3e-4, removed=3),
     "family": Plan(steps=40, rate=5e-4, removed=10, vocabulary=12000),
 }
