@@ -64,9 +64,16 @@ def main() -> None:
     arguments.add_argument(
         "--evaluate", nargs="*", default=list(tasks()), choices=list(tasks()), help="tasks of the last table"
     )
+    arguments.add_argument("--only", choices=["kinds"], help="the last table alone, without the timing")
     given = arguments.parse_args()
     run = Run(options(given), given.task, given.examples or (64 if given.quick else 256), given.batch_tokens)
     with closing(run.workers):
+        if given.only:
+            run.start(["lora", "activated", "judge"])
+            points = run.compare_kinds(given.evaluate)
+            report_kinds(points)
+            print_json({"activated_points_lost": points_lost(points)})
+            return
         run.prepare()
         results = run.measure()
         gap = run.compare_losses(results)
@@ -86,19 +93,26 @@ class Run:
         self.workers: dict[str, Worker] = {}
         self.missing: dict[str, str] = {}
         self.rates: list[dict[str, float]] = []
+        self.examples: list[dict[str, Any]] = []
         self.losses: dict[str, float] = {}
         self.memory: dict[str, int] = {}
 
     # -- preparation -----------------------------------------------------------------------------------
 
-    def prepare(self) -> None:
-        """Start the processes, load what stays loaded, and let each train for a step or two."""
+    def start(self, names: list[str]) -> None:
+        """Start processes of our own and load the base in each."""
         shutil.rmtree(self.folder, ignore_errors=True)
         self.base = str(cached_base(self.options.cache))
         say("starting the processes")
-        for name in ("lora", "activated", "judge"):
+        for name in names:
             self.workers[name] = Worker(f"training-{name}", "benchmarks.ours", self.options)
             self.workers[name].send("load", directory=self.base)
+        for name in names:
+            self.facts = self.workers[name].receive()
+
+    def prepare(self) -> None:
+        """Start the processes, load what stays loaded, and let each train for a step or two."""
+        self.start(["lora", "activated", "judge"])
         module = "benchmarks.peers.trainer"
         self.workers["trainer"] = Worker("training-trainer", module, self.options)
         for name in ("sft", "packed"):
@@ -109,8 +123,6 @@ class Run:
                 )
             except Unavailable as error:
                 self.missing[name] = str(error)
-        for name in ("lora", "activated", "judge"):
-            self.facts = self.workers[name].receive()
         self.targets = read_json(Path(self.base) / "manifest.json")["lora_targets"]["all-linear"]
 
         judge = self.workers["judge"]
@@ -294,12 +306,7 @@ class Run:
                 [[name, number(value, 0), number(share[name])] for name, value in formats.items()],
             )
         )
-        kinds = ["base", "lora", "activated_lora"]
-        lines = [[name, *(number(found.get(kind), 1) for kind in kinds)] for name, found in points.items()]
-        print(table("Evaluation of the two adapter kinds, points of 100", ["task", *kinds], lines))
-        worse = [
-            found["lora"] - found["activated_lora"] for found in points.values() if "activated_lora" in found
-        ]
+        report_kinds(points)
         print_json(
             {
                 "lora_vs_trainer": ratio(rate[LORA], rate[TRAINER]),
@@ -309,9 +316,21 @@ class Run:
                 "loss_gap": gap,
                 "activated_warm_vs_trainer": ratio(rate[WARM], rate[TRAINER]),
                 "lora_of_best_matmul_rate": used,
-                "activated_points_lost": [round(value, 2) for value in worse],
+                "activated_points_lost": points_lost(points),
             }
         )
+
+
+def report_kinds(points: dict[str, dict[str, float]]) -> None:
+    kinds = ["base", "lora", "activated_lora"]
+    lines = [[name, *(number(found.get(kind), 1) for kind in kinds)] for name, found in points.items()]
+    print(table("Evaluation of the two adapter kinds, points of 100", ["task", *kinds], lines))
+
+
+def points_lost(points: dict[str, dict[str, float]]) -> list[float]:
+    """By the activated kind against the exact one, a figure for each task that has both."""
+    both = [found for found in points.values() if "activated_lora" in found]
+    return [round(found["lora"] - found["activated_lora"], 2) for found in both]
 
 
 def _median(values: list[float]) -> float | None:

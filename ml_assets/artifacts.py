@@ -11,6 +11,7 @@ What may differ between two computations of the same payload (time, cost, run id
 """
 
 import contextlib
+import datetime
 import errno
 import fcntl
 import hashlib
@@ -49,6 +50,28 @@ class ArtifactRef:
 
     def __str__(self) -> str:
         return f"{self.kind}:{self.digest[:12]}"
+
+
+@dataclass(frozen=True)
+class Memo:
+    """What the computation of `kind` with `input_key` gave, and its record."""
+
+    kind: str
+    input_key: str
+    ref: ArtifactRef
+    record: dict[str, Any]
+    used_at: datetime.datetime
+    """When it was noted, or found again where the store is local."""
+
+
+@dataclass(frozen=True)
+class Stored:
+    """An artifact in the store: its size in bytes, when it was published, the names of its files."""
+
+    ref: ArtifactRef
+    bytes: int
+    published_at: datetime.datetime
+    files: tuple[str, ...]
 
 
 def canonical_json(value: Any) -> bytes:
@@ -346,6 +369,7 @@ class ArtifactStore:
             with contextlib.suppress(FileNotFoundError):
                 self.fs.rm(f"{directory}/{FILES}")
                 self.fs.rm(directory, recursive=True)
+            shutil.rmtree(self.cache / ref.kind / ref.digest, ignore_errors=True)
 
     # -- memo ------------------------------------------------------------------------------------------
 
@@ -376,7 +400,58 @@ class ArtifactStore:
         if sha256_bytes(canonical_json(entry)) != check:
             raise ArtifactError(f"{path}: hash of the index entry differs; delete the file to compute again")
         ref = ArtifactRef(kind, entry["digest"])
-        return (ref, entry["record"]) if self.exists(ref) else None
+        if not self.exists(ref):
+            return None
+        if self.local:  # the time of its last use: garbage collection leaves alone what is used
+            with contextlib.suppress(OSError):
+                os.utime(path)
+        return ref, entry["record"]
+
+    def memos(self, kind: str | None = None) -> Iterator[Memo]:
+        """All that `remember` noted, of one kind or of all; damaged notes are left out."""
+        pattern = f"{self.root}/index/{kind or '*'}/*.json"
+        for path in sorted(self.fs.glob(pattern)):
+            try:
+                entry = json.loads(self.fs.cat_file(path))
+                check = entry.pop("sha256")
+            except (OSError, ValueError, KeyError, TypeError, AttributeError):
+                continue
+            if sha256_bytes(canonical_json(entry)) == check:
+                folder, name = str(path).rsplit("/", 2)[-2:]
+                ref = ArtifactRef(folder, entry["digest"])
+                yield Memo(folder, name.removesuffix(".json"), ref, entry["record"], self._time(path))
+
+    def forget(self, kind: str, input_key: str) -> None:
+        """Remove a note of `remember`; no-op when there is none."""
+        with contextlib.suppress(FileNotFoundError):
+            self.fs.rm_file(self._index(kind, input_key))
+
+    # -- listing ---------------------------------------------------------------------------------------
+
+    def stored(self) -> Iterator[Stored]:
+        """All whole artifacts, by kind and digest, as their listings say; nothing is verified."""
+        for path in sorted(self.fs.glob(f"{self.root}/*/*/{FILES}")):
+            kind, digest = str(path).rsplit("/", 3)[-3:-1]
+            if (found := self.look(ArtifactRef(kind, digest))) is not None:
+                yield found
+
+    def look(self, ref: ArtifactRef) -> Stored | None:
+        """Size and time of an artifact; None when it is not there or its listing is damaged."""
+        path = f"{self._directory(ref)}/{FILES}"
+        try:
+            files = _parse(ref, listing := self.fs.cat_file(path), self._directory(ref))
+            size = len(listing) + sum(entry["bytes"] for entry in files.values())
+            return Stored(ref, size, self._time(path), tuple(files))
+        except (ArtifactError, OSError, ValueError, KeyError, TypeError):
+            return None
+
+    def content(self, ref: ArtifactRef, name: str) -> bytes:
+        """One file of an artifact, not verified: to look for what it names."""
+        _check_names([name])
+        return self.fs.cat_file(f"{self._directory(ref)}/{name}")
+
+    def _time(self, path: str) -> datetime.datetime:
+        return self.fs.modified(path)
 
     def _directory(self, ref: ArtifactRef) -> str:
         return f"{self.root}/{ref.kind}/{ref.digest}"

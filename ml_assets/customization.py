@@ -34,7 +34,6 @@ from ml_assets.mistakes import (
 )
 from ml_assets.spec import BaseModelsSpec, CustomizationSpec, PythonMetric, PythonSource
 from ml_assets.traffic.asset import build_traffic_asset
-from sensors.base_updates import build_base_updates_sensor
 from sensors.schedules import build_schedules
 
 M = TypeVar("M", bound=BaseModel)
@@ -200,7 +199,7 @@ def _declared_families(project: Path) -> list[str]:
 @dataclass(frozen=True)
 class BaseModels(dg.Component):
     """The base models that customizations can follow: one asset `base_model` with a partition for each
-    revision, and the sensor that notices new ones."""
+    revision. The sensor `base_updates` notices new ones."""
 
     spec: BaseModelsSpec
     origin: Origin
@@ -221,10 +220,7 @@ class BaseModels(dg.Component):
                 [Mistake((), f"expected one ml_assets.BaseModels, found another at {first.origin.at()}")]
             )
         families, root = self.spec.families, self.origin.file.parent
-        return dg.Definitions(
-            assets=dg.with_source_code_references([build_base_model_asset(families, root)]),
-            sensors=[build_base_updates_sensor(families, root)],
-        )
+        return dg.Definitions(assets=dg.with_source_code_references([build_base_model_asset(families, root)]))
 
 
 @dg.scaffold_with(CustomizationScaffolder)

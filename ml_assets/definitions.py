@@ -10,17 +10,20 @@ from typing import Any
 import dagster as dg
 
 from ml_assets.adapters.reproduce import build_reproduce_job
-from ml_assets.customization import Customization
+from ml_assets.customization import BaseModels, Customization
 from ml_assets.fleet.asset import build_fleet_assets
+from ml_assets.fleet.garbage_job import build_garbage_job
 from ml_assets.mistakes import SpecError, check_files
 from ml_assets.settings import Settings
 from ml_assets.spec import CustomizationSpec
 from resources.artifact_store import ArtifactRefIOManager, ArtifactStoreResource
 from resources.base_model_hub import BaseModelHub
+from resources.executor import by_value_executor
 from resources.gateway import GatewayResource
 from resources.ledger import LedgerResource
 from resources.mlflow_tracking import MlflowTracking
 from resources.traffic_log import TrafficLogResource
+from sensors.base_updates import build_base_updates_sensor
 from sensors.drift import build_drift_sensor
 from sensors.endpoint_health import build_endpoint_health_sensor
 from sensors.feedback_quality import build_feedback_quality_sensor
@@ -67,10 +70,18 @@ def _build(project: Path) -> dg.Definitions:
             "traffic_log": TrafficLogResource(),
             "base_model_hub": BaseModelHub(),
         },
-        # one process for each run: heavy imports and the base model are loaded once, not for every step
-        executor=dg.in_process_executor,
+        executor=by_value_executor,
     )
-    fleet = [_fleet(specs, list(folder.jobs or []))] if specs else []
+    fleet = [_fleet(specs, list(folder.jobs or [])), build_garbage_job(specs)] if specs else []
+    bases = tree.get_all_components(BaseModels) if tree else []
+    if bases:
+        updates = build_base_updates_sensor(
+            bases[0].spec.families,
+            bases[0].origin.file.parent,
+            specs,
+            interval=Settings.from_env().sensor_seconds,
+        )
+        fleet.append(dg.Definitions(sensors=[updates]))
     return dg.Definitions.merge(folder, deployment, *fleet)
 
 

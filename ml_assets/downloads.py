@@ -1,17 +1,25 @@
 """Wheels fetched by requirement, once, into `Settings.downloads`."""
 
+import contextlib
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 from filelock import FileLock
+from packaging.requirements import InvalidRequirement, Requirement
 from packaging.utils import InvalidWheelFilename, canonicalize_name, parse_wheel_filename
 from packaging.version import InvalidVersion, Version
 
+from ml_assets.artifacts import canonical_json, read_json, sha256_bytes, write_atomic
 from ml_assets.settings import Settings
+
+INDEX_SECONDS = 900.0
+"""Between two questions to the package index about the same requirement."""
+_PINNED = re.compile(r"([A-Za-z0-9._-]+)==([A-Za-z0-9.!+_-]+)")
 
 
 class DownloadError(Exception):
@@ -48,6 +56,48 @@ def wheel(requirement: str, settings: Settings) -> Path:
         return found or _download(requirement, settings.downloads)
 
 
+def newest(requirement: str, settings: Settings, every: float = INDEX_SECONDS) -> str:
+    """The pinned requirement `name==version` of the newest release that fits a requirement such as
+    `name>=1.2,<2`; no release candidates. A pinned one is given back as it is.
+
+    The index is asked again after `every` seconds. Raises DownloadError with pip's reason or when nothing
+    fits, ValueError when the requirement has another form.
+    """
+    if _PINNED.fullmatch(requirement):
+        return requirement
+    try:
+        wanted = Requirement(requirement)
+    except InvalidRequirement as error:
+        raise ValueError(f"{requirement!r}: expected a requirement such as 'name>=1.2,<2'") from error
+    note = settings.downloads / f".newest-{sha256_bytes(requirement.encode())[:16]}.json"
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        if time.time() - note.stat().st_mtime < every:
+            return str(read_json(note)["pinned"])
+    found = sorted(wanted.specifier.filter(_released(wanted.name)), key=Version)
+    if not found:
+        raise DownloadError(f"{requirement}: no release of {wanted.name} fits")
+    pinned = f"{wanted.name}=={found[-1]}"
+    write_atomic(note, canonical_json({"requirement": requirement, "pinned": pinned}))
+    return pinned
+
+
+def _released(name: str) -> list[str]:
+    """All versions of which the package index has a wheel for this machine."""
+    options = ["--only-binary", ":all:", "--no-input", "--disable-pip-version-check"]
+    command = [sys.executable, "-m", "pip", "index", "versions", *options, name]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    match = re.search(r"^Available versions: (.+)$", result.stdout, re.MULTILINE)
+    if result.returncode != 0 or match is None:
+        raise DownloadError(f"{name}: its releases cannot be listed: {_reason(result)}")
+    return [version.strip() for version in match[1].split(",")]
+
+
+def _reason(result: subprocess.CompletedProcess[str]) -> str:
+    lines = [line for line in result.stderr.splitlines() if line.strip()]
+    errors = [line for line in lines if line.startswith("ERROR:")] or lines[-3:]
+    return " ".join(dict.fromkeys(errors)) or f"pip ended with code {result.returncode}"
+
+
 def _download(requirement: str, downloads: Path) -> Path:
     temporary = Path(tempfile.mkdtemp(prefix=".pip-", dir=downloads))
     try:
@@ -59,17 +109,14 @@ def _download(requirement: str, downloads: Path) -> Path:
         )
         wheels = list(temporary.glob("*.whl"))
         if result.returncode != 0 or len(wheels) != 1:
-            lines = [line for line in result.stderr.splitlines() if line.strip()]
-            errors = [line for line in lines if line.startswith("ERROR:")] or lines[-3:]
-            reason = " ".join(dict.fromkeys(errors)) or f"pip ended with code {result.returncode}"
-            raise DownloadError(f"{requirement}: cannot be downloaded: {reason}")
+            raise DownloadError(f"{requirement}: cannot be downloaded: {_reason(result)}")
         return wheels[0].replace(downloads / wheels[0].name)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _parse(requirement: str) -> tuple[str, Version]:
-    match = re.fullmatch(r"([A-Za-z0-9._-]+)==([A-Za-z0-9.!+_-]+)", requirement)
+    match = _PINNED.fullmatch(requirement)
     try:
         if match is not None:
             return canonicalize_name(match[1]), Version(match[2])

@@ -451,6 +451,22 @@ class MlflowTracking(dg.ConfigurableResource):
 
         return self.retry(get)
 
+    def aliased(self) -> list[tuple[str, VersionInfo]]:
+        """(alias, version) of all aliases of all customizations."""
+
+        def get(client: "MlflowClient") -> list[tuple[str, VersionInfo]]:
+            found, token = [], None
+            while True:
+                page = client.search_registered_models(page_token=token)
+                for model in page:
+                    for alias, version in sorted(model.aliases.items()):
+                        found.append((alias, _info(client.get_model_version(model.name, str(version)))))
+                token = page.token
+                if not token:
+                    return found
+
+        return self.retry(get)
+
     def version_url(self, version: VersionInfo) -> str:
         """The page of a version in the MLflow UI."""
         return f"{self.ui_url}/#/models/{quote(version.customization)}/versions/{version.version}{PAGES}"

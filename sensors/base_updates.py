@@ -1,4 +1,4 @@
-"""Notices new revisions of the base models that customizations follow."""
+"""Notices new revisions of the base models that customizations follow, and carries these over."""
 
 import threading
 from collections.abc import Callable, Sequence
@@ -6,45 +6,75 @@ from concurrent.futures import Future, wait
 from pathlib import Path
 
 import dagster as dg
+from dagster._core.storage.tags import RUN_KEY_TAG
 
+from ml_assets.artifacts import canonical_json, sha256_bytes
 from ml_assets.base_models.identity import BaseModelError
 from ml_assets.base_models.partitions import BASE_MODELS
 from ml_assets.base_models.register import current_revision
-from ml_assets.spec import BaseFamily
+from ml_assets.cli.runs import failure_of
+from ml_assets.decisions.asset import asset_url
+from ml_assets.decisions.book import DecisionBook
+from ml_assets.decisions.diagnosis import Policies
+from ml_assets.decisions.records import Alert
+from ml_assets.settings import Settings
+from ml_assets.spec import BaseFamily, CustomizationSpec
+from resources.artifact_store import ArtifactStoreResource
 from resources.base_model_hub import BaseModelHub
+from resources.ledger import LedgerResource
+from resources.traffic_log import TrafficLogResource
+from sensors.dispatch import settled, shorten
+from sensors.migration import BASE, PLAN, SENSOR, Fleet, carry_out, make_plan, probe_of, unusable
 
 PATIENCE = 20.0  # seconds that a tick waits; Dagster gives up on a tick after 60
 
 
 def build_base_updates_sensor(
-    families: Sequence[BaseFamily], root: Path, patience: float = PATIENCE
+    families: Sequence[BaseFamily],
+    root: Path,
+    specs: Sequence[CustomizationSpec] = (),
+    patience: float = PATIENCE,
+    interval: int = 60,
+    **limits: object,
 ) -> dg.SensorDefinition:
-    """A sensor that adds a partition when the source of a family holds new content.
+    """A sensor that adds a partition when the source of a family holds new content, has it materialized and
+    probed, plans the migration of the customizations that follow it, and starts it as one backfill.
 
-    It looks at sizes and times first, and hashes content only when those changed. A source that takes longer
-    than `patience` seconds to download and hash goes on in a thread, and the next tick looks again. One that
-    fails does not hold up the others. The sensor keeps no cursor: what it does follows from the sources and
-    the partitions that exist.
+    It looks at sizes, times and commits first, and hashes content only when those changed. A source that
+    takes longer than `patience` seconds to download and hash goes on in a thread, and the next tick looks
+    again. One that fails does not hold up the others, and neither does a revision that fails its probe. What
+    a tick does follows from the sources, the instance and the book: the cursor only saves asking again for
+    the page of the plan.
     """
     lookups: dict[str, Future[str]] = {}
+    by_name, policies = {spec.name: spec for spec in specs}, Policies(specs)
+    followed = {family for spec in specs for family in spec.base_models}
+    targets = [BASE, *([PLAN] if specs else [])]
 
     @dg.sensor(
-        name="base_updates",
-        target=dg.AssetSelection.assets("base_model"),
-        minimum_interval_seconds=60,
+        name=SENSOR,
+        asset_selection=dg.AssetSelection.assets(*targets),
+        minimum_interval_seconds=interval,
         default_status=dg.DefaultSensorStatus.RUNNING,
-        description="Adds a partition for each new revision of a followed base model: "
-        + ", ".join(family.name for family in families),
+        description="Adds a partition for each new revision of a followed base model, has it probed, and "
+        "starts one backfill over the adapters and eval reports of the customizations that follow it, within "
+        "the budget: " + ", ".join(family.name for family in families),
     )
     def base_updates(
-        context: dg.SensorEvaluationContext, base_model_hub: BaseModelHub
+        context: dg.SensorEvaluationContext,
+        base_model_hub: BaseModelHub,
+        ledger: LedgerResource,
+        artifact_store: ArtifactStoreResource,
+        traffic_log: TrafficLogResource,
     ) -> dg.SensorResult | dg.SkipReason:
         for family in families:
             if family.name not in lookups:
                 arguments = (family, root, base_model_hub.settings(), base_model_hub.access())
                 lookups[family.name] = _start(current_revision, *arguments)
         wait(lookups.values(), timeout=patience)
-        existing = set(context.instance.get_dynamic_partitions(str(BASE_MODELS.name)))
+        existing = context.instance.get_dynamic_partitions(str(BASE_MODELS.name))
+        # what a source that can't be reached held last
+        current = {revision.rpartition("@")[0]: revision for revision in existing}
         new, unchanged, failed = [], [], []
         for name in [name for name, lookup in lookups.items() if lookup.done()]:
             lookup = lookups.pop(name)
@@ -52,22 +82,106 @@ def build_base_updates_sensor(
             if error is not None:
                 failed.append(f"{name}: {error}")
             else:
+                current[name] = lookup.result()
                 (unchanged if lookup.result() in existing else new).append(lookup.result())
-        if failed and not new:
+        lines = [f"new base revisions: {', '.join(new)}"] if new else []
+        requests: list[dg.RunRequest] = []
+        cursor = context.cursor
+        if specs:
+            with ledger.opened() as opened, traffic_log.opened() as log:
+                fleet = Fleet(
+                    instance=context.instance,
+                    book=DecisionBook(opened),
+                    specs=by_name,
+                    policies=policies,
+                    serving=opened.current_all(),
+                    settings=Settings.from_env(),
+                    **limits,  # type: ignore[arg-type]
+                )
+                assert context.repository_def is not None
+                graph = context.repository_def.asset_graph
+                lines += carry_out(fleet, graph, list(current.values()), [*existing, *new])
+                store = artifact_store.store()
+                declared = {family.name for family in families}
+                for family, revision in sorted(current.items()):
+                    if family in followed & declared:
+                        request, line = _bring_up(fleet, revision)
+                        requests += [request] if request else []
+                        line = line or make_plan(fleet, revision, store, log)
+                        lines += [line] if line else []
+                page = _page_state(fleet)
+            if page not in (None, cursor):
+                requests.append(dg.RunRequest(f"plan:{page}", asset_selection=[PLAN]))
+                cursor = page
+        if failed and not (new or requests or lines):
             raise BaseModelError("; ".join(failed))
         for problem in failed:
             context.log.error(problem)
-        if new:
-            return dg.SensorResult(
-                dynamic_partitions_requests=[BASE_MODELS.build_add_request(new)],
-                # no run is launched, so Dagster shows the tick as skipped
-                skip_reason=f"new base revisions: {', '.join(new)}",
-            )
-        reasons = [f"unchanged: {', '.join(unchanged)}"] if unchanged else []
-        reasons += [f"still being downloaded or hashed: {', '.join(lookups)}"] if lookups else []
-        return dg.SkipReason("; ".join(reasons) or "no base model is declared")
+        lines += [f"unchanged: {', '.join(unchanged)}"] if unchanged and not lines else []
+        lines += [f"still being downloaded or hashed: {', '.join(lookups)}"] if lookups else []
+        text = shorten("; ".join(lines) or "no base model is declared")
+        if requests:
+            context.log.info(text)
+        return dg.SensorResult(
+            run_requests=requests,
+            # without a run, Dagster shows the tick as skipped
+            skip_reason=None if requests else text,
+            dynamic_partitions_requests=[BASE_MODELS.build_add_request(new)] if new else [],
+            cursor=cursor,
+        )
 
     return base_updates
+
+
+def _bring_up(fleet: Fleet, revision: str) -> tuple[dg.RunRequest | None, str | None]:
+    """Have a base revision made and probed: (the run that does so, what it waits for); (None, None) when it
+    may be used. One that can't be used stays as it is: a person may materialize it again."""
+    instance = fleet.instance
+    probe = probe_of(instance, revision)
+    if probe is None:
+        tags = {RUN_KEY_TAG: revision}
+        records = instance.get_run_records(dg.RunsFilter(tags=tags))
+        if not records:
+            request = dg.RunRequest(revision, asset_selection=[BASE], partition_key=revision)
+            return request, f"{revision} is materialized and probed"
+        ended = settled(instance, records)
+        if ended is None:
+            return None, f"{revision} is being materialized and probed"
+        return None, _stopped(fleet, revision, ended.dagster_run.run_id, None)
+    if not probe.complete:
+        return None, f"{revision} is being probed"
+    reason = unusable(fleet, revision, probe)
+    return None, reason and _stopped(fleet, revision, probe.run_id, reason)
+
+
+def _stopped(fleet: Fleet, revision: str, run_id: str, reason: str | None) -> str:
+    if reason is None:
+        kinds = {dg.DagsterEventType.STEP_FAILURE, dg.DagsterEventType.RUN_FAILURE}
+        reasons = [failure_of(entry) for entry in fleet.instance.all_logs(run_id, of_type=kinds)]
+        reason = next((one for one in reasons if one), "its run did not succeed")
+    fleet.book.alert(
+        Alert(
+            id=f"base_revision:{revision}:{run_id}",
+            title=f"base revision {revision} can't be used",
+            text=f"Nothing is migrated to it. {reason}"[:2000],
+            severity="error",
+            url=asset_url(fleet.settings.dagster_url, *BASE.path),
+        )
+    )
+    return f"{revision} stops at its probe: {shorten(reason, 300)}"
+
+
+def _page_state(fleet: Fleet) -> str | None:
+    """Changes when the page of the plan is to be made again: for new decisions, and once those under way have
+    ended, for what became of them and what serves. None before the first plan."""
+    histories = fleet.book.migrations()
+    if not histories:
+        return None
+    if any(history.claimed and history.is_open for history in histories):
+        return sha256_bytes(canonical_json(sorted(history.decision.id for history in histories)))[:16]
+    states = sorted([history.decision.id, history.state] for history in histories)
+    serving = sorted([name, release.adapter_digest] for name, release in fleet.serving.items())
+    return sha256_bytes(canonical_json([states, serving]))[:16]
 
 
 def _start(function: Callable[..., str], *arguments: object) -> Future[str]:

@@ -7,7 +7,7 @@ its own.
 """
 
 import datetime
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import dagster as dg
@@ -22,7 +22,7 @@ from ml_assets.decisions.tags import ACTION_TAG, CUSTOMIZATION_TAG, DECISION_TAG
 from ml_assets.endpoints.ledger import Ledger, Release, now
 from ml_assets.settings import Settings
 from ml_assets.spec import CustomizationSpec
-from sensors.targets import Targets, changes
+from sensors.targets import Targets, unfinished_work
 
 RUNS_PER_TICK = 25
 """A tick that finds more leaves them to the next: creating a run takes Dagster a moment."""
@@ -135,18 +135,19 @@ def runs_of(instance: dg.DagsterInstance, decisions: Sequence[str]) -> dict[str,
 
 
 def running(
-    instance: dg.DagsterInstance,
-    customizations: Sequence[str],
-    wanted: Callable[[dg.DagsterRun], bool] = changes,
+    instance: dg.DagsterInstance, customizations: Sequence[str], kind: str = "main"
 ) -> dict[str, str]:
-    """{customization: run id} of the runs under way, by whomever they were started. One query."""
+    """{customization: run id} of the runs under way that make assets of `<name>__<kind>`, by whomever they
+    were started. One query, and one more for each run that makes those of many."""
     if not customizations:
         return {}
-    names = sorted(set(customizations))
+    names, found = set(customizations), {}
     unfinished = [status for status in dg.DagsterRunStatus if status not in (*FINISHED, NOT_STARTED)]
-    records = instance.get_run_records(dg.RunsFilter(statuses=unfinished, tags={CUSTOMIZATION_TAG: names}))
-    runs = [record.dagster_run for record in records]
-    return {run.tags[CUSTOMIZATION_TAG]: run.run_id for run in runs if wanted(run)}
+    for record in instance.get_run_records(dg.RunsFilter(statuses=unfinished)):
+        run = record.dagster_run
+        if run.tags.get(CUSTOMIZATION_TAG, next(iter(names))) in names:
+            found |= dict.fromkeys(unfinished_work(instance, run, kind) & names, run.run_id)
+    return found
 
 
 FINISHED = (dg.DagsterRunStatus.SUCCESS, dg.DagsterRunStatus.FAILURE, dg.DagsterRunStatus.CANCELED)

@@ -17,7 +17,6 @@ from resources.ledger import LedgerResource
 from resources.traffic_log import TrafficLogResource
 from sensors.dispatch import RUNS_PER_TICK, dispatch, listing, running, tick_result
 from sensors.targets import Job, Targets
-from sensors.targets import looks as is_look
 
 
 @dataclass(frozen=True)
@@ -58,7 +57,7 @@ def build_drift_sensor(
         asked = {name: Asked(**values) for name, values in json.loads(context.cursor or "{}").items()}
         due = find_due(by_name, heads, notes, serving)
         room = max(0, RUNS_PER_TICK - len(done.requests))
-        busy = running(context.instance, due[:room], is_look)
+        busy = running(context.instance, due[:room], "look")
         looks, lines = [], [*done.lines]
         for name in due[:room]:
             if name in busy:

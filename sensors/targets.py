@@ -7,6 +7,7 @@ from typing import Any
 
 import dagster as dg
 from dagster._core.definitions.unresolved_asset_job_definition import UnresolvedAssetJobDefinition
+from dagster._core.execution.stats import StepEventStatus
 
 from ml_assets.decisions.tags import CUSTOMIZATION_TAG
 
@@ -48,17 +49,26 @@ class Targets:
         return dg.RunRequest(run_key, asset_selection=selected, tags=tags, **options)
 
 
-def changes(run: dg.DagsterRun) -> bool:
-    """Whether a run changes what serves or what it is made of."""
-    return _any_of(run, KINDS["main"], ("main", "update"))
+def unfinished_work(instance: dg.DagsterInstance, run: dg.DagsterRun, kind: str) -> set[str]:
+    """The customizations for which a run (that has not ended) still makes an asset of `<name>__<kind>`.
 
-
-def looks(run: dg.DagsterRun) -> bool:
-    """Whether a run looks at the traffic."""
-    return _any_of(run, KINDS["look"], ("look",))
-
-
-def _any_of(run: dg.DagsterRun, assets: Sequence[str], jobs: Sequence[str]) -> bool:
-    if run.asset_selection:
-        return any(key.path[-1] in assets for key in run.asset_selection)
-    return run.job_name.rpartition("__")[2] in jobs
+    A backfill over a fleet is one run without a customization's tag: each customization is through with it
+    when its own steps have ended.
+    """
+    if (name := run.tags.get(CUSTOMIZATION_TAG)) is not None:
+        if run.asset_selection:
+            return {name} if any(key.path[-1] in KINDS[kind] for key in run.asset_selection) else set()
+        jobs = ("main", "update") if kind in ("main", "update") else (kind,)
+        return {name} if run.job_name.rpartition("__")[2] in jobs else set()
+    steps = {
+        key.to_python_identifier(): key.path[0]
+        for key in run.asset_selection or ()
+        if len(key.path) == 2 and key.path[-1] in KINDS[kind]
+    }
+    if run.step_keys_to_execute is not None:  # a repetition of what a run that died had not done
+        steps = {step: name for step, name in steps.items() if step in run.step_keys_to_execute}
+    if steps and run.status == dg.DagsterRunStatus.STARTED:
+        for stats in instance.get_run_step_stats(run.run_id, list(steps)):
+            if stats.status is not None and stats.status != StepEventStatus.IN_PROGRESS:
+                steps.pop(stats.step_key, None)
+    return set(steps.values())

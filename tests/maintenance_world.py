@@ -31,9 +31,10 @@ def make_policy(**maintenance: Any) -> Policy:
     return Policy(spec.maintenance, margin=0.02, value_of_right=1.0, currency="EUR", uses_labels=True)
 
 
-def signal(name: str = "outcome_accuracy", alarm: bool = True, severity: str = "error") -> Signal:
+def signal(name: str = "outcome_feedback", alarm: bool = True, severity: str = "error") -> Signal:
     group = "outcome" if severity == "error" else "inputs"
-    return Signal(name, group, alarm, severity, 1.0, 900.0, 365.0, "a signal")  # type: ignore[arg-type]
+    text, p = "a signal", 1e-5 if alarm else 0.5
+    return Signal(name, group, alarm, severity, 1.0, 900.0, 365.0, text, p)  # type: ignore[arg-type]
 
 
 def looks(*failed: bool) -> list[Look]:

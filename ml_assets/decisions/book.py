@@ -15,6 +15,7 @@ import sqlalchemy as sa
 from sqlalchemy import event
 
 from ml_assets.adapters.rungs import Climb
+from ml_assets.artifacts import canonical_json, sha256_bytes
 from ml_assets.decisions.records import (
     FINAL,
     TRAINING,
@@ -215,6 +216,35 @@ class DecisionBook:
                 found.update(connection.execute(query).scalars())
         return found
 
+    def migrations(self, revision: str | None = None) -> list[History]:
+        """The decisions to migrate, to one base revision or to any, newest first."""
+        which = _decisions.c.action == "migrate"
+        if revision is not None:  # all of them are about a base revision, which their evidence begins with
+            which &= _decisions.c.evidence.startswith(f"base-{revision}-", autoescape=True)
+        with self._engine.connect() as connection:
+            return _histories(connection, which, None)
+
+    def open(self) -> list[History]:
+        """Everything that is to be done or under way."""
+        ended = sa.select(_steps.c.decision_id).where(_steps.c.step.in_(FINAL))
+        which = sa.and_(_decisions.c.status == "to_do", _decisions.c.id.not_in(ended))
+        with self._engine.connect() as connection:
+            return _histories(connection, which, None)
+
+    def start_together(self, ids: Collection[str]) -> str:
+        """Write down that these decisions are carried out by one backfill; gives its id (8 hex), which is
+        the detail of the step `started` of each."""
+        name = sha256_bytes(canonical_json(sorted(ids)))[:8]
+        with self._writing() as connection:
+            for decision_id in sorted(ids):
+                _step(connection, decision_id, "started", name, "")
+        return name
+
+    def migrating(self, customization: str, revision: str) -> str | None:
+        """The decision under way that migrates a customization to a base revision."""
+        with self._engine.connect() as connection:
+            return _migrating(connection, customization, revision)
+
     def pending(self, actions: Collection[Action]) -> list[Decision]:
         """What is to be done and was not begun, oldest first."""
         ended = sa.select(_steps.c.decision_id).where(_steps.c.step.in_(FINAL))
@@ -299,8 +329,12 @@ class DecisionBook:
     # -- costs -----------------------------------------------------------------------------------------
 
     def record_cost(self, cost: Cost) -> None:
-        """Store what a run spent on an asset partition; once, however often it is told."""
+        """Store what a run spent on an asset partition; once, however often it is told. A run that carries
+        out many decisions names none: then it is the one that migrates the customization to the partition."""
         with self._writing() as connection:
+            if cost.decision_id is None:
+                decision_id = _migrating(connection, cost.customization, cost.partition)
+                cost = dataclasses.replace(cost, decision_id=decision_id)
             known = (
                 _costs.c.run_id == cost.run_id,
                 _costs.c.customization == cost.customization,
@@ -340,6 +374,17 @@ class DecisionBook:
         """What a customization spent in a month, or with None all of them."""
         with self._engine.connect() as connection:
             return _spent(connection, customization, month)
+
+    def spent_on(self, ids: Collection[str]) -> dict[str, Spent]:
+        """{decision: what was spent to carry it out}."""
+        sums = (sa.func.sum(_costs.c.device_seconds), sa.func.sum(_costs.c.money))
+        found: dict[str, Spent] = {}
+        with self._engine.connect() as connection:
+            for some in _chunks(list(ids)):
+                query = sa.select(_costs.c.decision_id, *sums).where(_costs.c.decision_id.in_(some))
+                for name, seconds, money in connection.execute(query.group_by(_costs.c.decision_id)):
+                    found[name] = Spent(seconds, money)
+        return found
 
     def reserved(self, customization: str | None, price: float) -> Spent:
         """What the actions under way are going to spend, as it was predicted."""
@@ -448,6 +493,16 @@ def _record(connection: sa.Connection, decision: Decision) -> Decision:
     row = {name: body[name] for name in columns}
     connection.execute(sa.insert(_decisions).values(row | {"id": decision.id, "body": json.dumps(body)}))
     return decision
+
+
+def _migrating(connection: sa.Connection, customization: str, revision: str) -> str | None:
+    query = (
+        sa.select(_decisions.c.id, _decisions.c.body)
+        .join(_claims, _claims.c.decision_id == _decisions.c.id)
+        .where(_claims.c.customization == customization, _decisions.c.action == "migrate")
+    )
+    row = connection.execute(query).first()
+    return row[0] if row is not None and json.loads(row[1])["base_revision"] == revision else None
 
 
 def _ended(connection: sa.Connection, decision_id: str) -> bool:

@@ -31,7 +31,7 @@ from ml_assets.drift_reports.findings import DriftFindings
 from ml_assets.settings import Settings
 from ml_assets.spec import CustomizationSpec, MaintenanceSpec
 
-CODE_VERSION = "1"
+CODE_VERSION = "2"
 """Raise when the same evidence and YAML lead to other decisions."""
 
 LADDER: tuple[Action, ...] = (
@@ -64,6 +64,7 @@ class Policy:
     price: float = 0.0
     """Money for a device second."""
     fleet: Limits = NO_LIMITS
+    migration_mode: Literal["automatic", "record"] = "automatic"
 
     @classmethod
     def of(cls, spec: CustomizationSpec, settings: Settings) -> "Policy":
@@ -76,6 +77,7 @@ class Policy:
             uses_labels=spec.feedback.use == "labels",
             price=settings.device_second_price,
             fleet=Limits(settings.fleet_device_seconds, settings.fleet_money),
+            migration_mode=spec.migration.mode,
         )
 
     @property
@@ -158,6 +160,11 @@ class Evidence:
     """Digest of the adapter that serves; None where it is not known."""
     spent: Spent = NOTHING
     fleet_spent: Spent = NOTHING
+    fleet_size: int = 1
+    """Customizations that were looked at, this one included."""
+    stands_out: bool = True
+    """Whether its evidence counts among as many (e-BH): each has its own rate of false alarms, and those of a
+    fleet add up."""
 
 
 @dataclass(frozen=True)
@@ -171,11 +178,14 @@ class Diagnosis:
 # -- what it means -------------------------------------------------------------------------------------
 
 
-def diagnose(findings: DriftFindings, policy: Policy) -> Diagnosis:
+def diagnose(
+    findings: DriftFindings, policy: Policy, fleet_size: int = 1, stands_out: bool = True
+) -> Diagnosis:
     """Is something wrong, is it confirmed, and does it do harm?
 
     A look failed when the report says that harm was done. K of the last N looks and the newest must have
-    failed. Moved inputs or outputs alone are common and mostly harmless, so they are a warning.
+    failed, and the evidence must stand out among `fleet_size` customizations. Moved inputs or outputs alone
+    are common and mostly harmless, so they are a warning.
     """
     alarms = [signal for signal in findings.signals if signal.alarm]
     errors = [signal for signal in alarms if signal.severity == "error"]
@@ -193,6 +203,12 @@ def diagnose(findings: DriftFindings, policy: Policy) -> Diagnosis:
             "unconfirmed",
             f"In alarm: {names}; {failed} of the last {len(window)} looks failed, {rules.failed_looks} of "
             f"{rules.of_looks} and the newest one confirm it.",
+        )
+    if not stands_out:
+        return Diagnosis(
+            "unconfirmed",
+            f"In alarm: {names}; {failed} of the last {len(window)} looks failed. The evidence is not enough "
+            f"yet to stand out among {fleet_size} customizations: of so many, some alarm by chance.",
         )
     outcome = findings.outcome
     if outcome.loss is None:
@@ -224,7 +240,7 @@ def decide(evidence: Evidence, policy: Policy) -> Decision:
     Only a loss that is confirmed and larger than the gate's margin is repaired; when nothing can repair it,
     the decision is to watch, and says why.
     """
-    found = diagnose(evidence.findings, policy)
+    found = diagnose(evidence.findings, policy, evidence.fleet_size, evidence.stands_out)
     verdicts: dict[Action, tuple[bool, str]] = {
         action: CHECKS[action](evidence, policy, found) for action in LADDER
     }
@@ -281,10 +297,13 @@ def permitted(decision: Decision, policy: Policy, spent: Spent, fleet_spent: Spe
     """The decision with its status: whether it is done, or would have been. `spent` includes reservations."""
     status: Status = "to_do"
     reason = decision.reason
+    mode, field = policy.maintenance.mode, "maintenance"
+    if decision.action == "migrate":
+        mode, field = policy.migration_mode, "migration"
     if decision.action == "watch":
         status = "no_action"
-    elif policy.maintenance.mode == "record":
-        status, reason = "record_only", f"{reason} (would have: maintenance.mode is record)"
+    elif mode == "record":
+        status, reason = "record_only", f"{reason} (would have: {field}.mode is record)"
     elif decision.action in TRAINING:
         seconds = decision.device_seconds or 0.0
         planned = Spent(seconds, seconds * policy.price)

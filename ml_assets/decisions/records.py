@@ -13,14 +13,17 @@ Action = Literal[
     "ask_for_labels",
     "refresh_source",
     "release",
+    "migrate",
 ]
-TRAINING: tuple[Action, ...] = ("incremental_update", "full_retrain", "refresh_source")
+TRAINING: tuple[Action, ...] = ("incremental_update", "full_retrain", "refresh_source", "migrate")
 """Actions that may compute on the device; the budget and the cooldown are about them."""
 
 Status = Literal["no_action", "to_do", "record_only", "blocked_by_budget"]
 """`record_only` and `blocked_by_budget` are 'would have': the action is named, and nothing is started."""
 
-Step = Literal["judged", "succeeded", "failed", "canceled", "dropped", "blocked_by_budget", "gave_up"]
+Step = Literal[
+    "started", "judged", "succeeded", "failed", "canceled", "dropped", "blocked_by_budget", "gave_up"
+]
 FINAL: tuple[Step, ...] = ("succeeded", "failed", "canceled", "dropped", "blocked_by_budget", "gave_up")
 """After one of these steps nothing more happens to a decision."""
 

@@ -1,6 +1,7 @@
 """Three ways to be behind, told from notes and ledger: the source has other rows, the dataset is past its
 age, the endpoint lags behind its newest accepted adapter. Each leads to another action."""
 
+import dataclasses
 import datetime
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,6 +22,14 @@ class Stale:
     diagnosis: str
     reason: str
     base_revision: str | None
+    waits: bool = False
+    """For a person: it is written down, and nothing is started."""
+
+
+def waits_for_a_person(spec: CustomizationSpec, revision: str, release: Release | None) -> bool:
+    """Whether an accepted adapter of a base revision may only be released by a person's click: the endpoint
+    would move to another base revision, and `migration.move` is `manual`."""
+    return spec.migration.move == "manual" and release is not None and release.base_revision != revision
 
 
 def note_candidate(book: DecisionBook, customization: str, facts: dict[str, str]) -> None:
@@ -58,17 +67,19 @@ def find_stale(
     if accepted and accepted.value["adapter"]:
         adapter = str(accepted.value["adapter"])
         serves = release.adapter_digest if release else None
+        waits = waits_for_a_person(spec, str(accepted.value["base_revision"]), release)
         # a move after the verdict was somebody's choice, such as a rollback or a withdrawal
         if adapter != serves and (newest is None or newest.at < accepted.at):
             found.append(
                 Stale(
                     "release",
                     # again the next day, if it does not succeed before
-                    f"accepted-{adapter[:12]}-{now[:10]}",
+                    f"accepted-{adapter[:12]}-{'by-hand' if waits else now[:10]}",
                     f"Adapter {adapter[:12]} was accepted at {accepted.at[:16]}, and "
                     f"{serves[:12] if serves else 'nothing'} serves.",
                     "the endpoint lags behind its newest accepted adapter",
                     str(accepted.value["base_revision"]),
+                    waits,
                 )
             )
     made_of = candidate or dataset
@@ -129,6 +140,11 @@ def to_decision(
         seen={"kind": "stale"},
         rejected=(Rejected("watch", "it does not become fresh by itself"),),
     )
+    if stale.waits:
+        reason = f"{stale.reason}; it waits for a person who materializes {customization}/endpoint"
+        return dataclasses.replace(
+            decision, status="record_only", reason=f"{reason} (migration.move is manual)"
+        )
     return permitted(decision, policy, spent, fleet_spent)
 
 

@@ -8,6 +8,9 @@ DECISION_TAG = "evergreen/decision"
 """The id of the decision that started the run."""
 CUSTOMIZATION_TAG = "evergreen/customization"
 ACTION_TAG = "evergreen/action"
+MIGRATION_TAG = "evergreen/migration"
+"""The backfill that carries customizations to a base revision, and its runs."""
+REVISION_TAG = "evergreen/base_revision"
 
 
 def run_cost(run: dg.DagsterRun, customization: str, kind: CostKind, partition: str) -> Cost:

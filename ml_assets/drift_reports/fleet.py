@@ -6,8 +6,11 @@ from collections.abc import Mapping
 from ml_assets.drift_reports.budget import SHARES
 from ml_assets.drift_reports.findings import DriftFindings
 
+FALSE_SHARE = 0.1
+"""Of the customizations that stand out, at most this share has not moved."""
 
-def fleet_alarms(e_values: Mapping[str, float], q: float) -> list[str]:
+
+def fleet_alarms(e_values: Mapping[str, float], q: float = FALSE_SHARE) -> list[str]:
     """Names of the customizations that have moved, the strongest evidence first: among all that are named, at
     most a share `q` on average has not, whatever the dependence between them.
 

@@ -10,6 +10,7 @@ from typing import Any
 import dagster as dg
 
 from ml_assets.artifacts import ArtifactError, ArtifactRef, ArtifactStore
+from ml_assets.decisions.staleness import waits_for_a_person
 from ml_assets.endpoints.checks import check_specs, curl, not_serving, serving
 from ml_assets.endpoints.gateway.client import GatewayError
 from ml_assets.endpoints.ledger import Fenced, Ledger, Release
@@ -28,6 +29,8 @@ from resources.ledger import LedgerResource
 from resources.mlflow_tracking import MlflowTracking, VersionInfo
 
 CHAMPION, CHALLENGER = "champion", "challenger"
+AUTOMATIC = ("dagster/sensor_name", "dagster/schedule_name", "dagster/auto_materialize")
+"""Tags of runs that no person launched."""
 HISTORY_ROWS = 20
 RECORDED = ("engine", "max_new_tokens", "max_prompt_tokens")
 """Fields of the `endpoint` block that a release records and the gateway follows."""
@@ -97,6 +100,13 @@ def build_endpoint_asset(spec: CustomizationSpec) -> dg.AssetsDefinition:
                         spec.name, champion and champion.version, context.run.run_id, book, move_alias
                     )
                     challenger = mlflow_tracking.get_alias(spec.name, CHALLENGER)
+                    if challenger and not may_move(spec, challenger, current, context.run.tags):
+                        revision = challenger.tags["base_revision"]
+                        context.log.info(
+                            f"version {challenger.version} on {revision} was accepted and waits for a person "
+                            "who materializes this asset (migration.move is manual)"
+                        )
+                        challenger = None
                     if challenger and (not current or challenger.adapter_digest != current.adapter_digest):
                         report = accepted_report(store, spec.name, challenger, current)
                         revision = challenger.tags["base_revision"]
@@ -148,6 +158,16 @@ def build_endpoint_asset(spec: CustomizationSpec) -> dg.AssetsDefinition:
             )
 
     return endpoint
+
+
+def may_move(
+    spec: CustomizationSpec, challenger: VersionInfo, current: Release | None, tags: Mapping[str, str]
+) -> bool:
+    """Whether this run may move the endpoint to the challenger's base revision: with `migration.move: manual`
+    only one that a person launched."""
+    if not waits_for_a_person(spec, challenger.tags["base_revision"], current):
+        return True
+    return not any(tag in tags for tag in AUTOMATIC)
 
 
 def accepted_report(

@@ -10,7 +10,6 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any, Literal
 
 import sqlalchemy as sa
@@ -18,6 +17,7 @@ from filelock import FileLock
 from sqlalchemy import event
 from sqlalchemy.exc import DBAPIError
 
+from ml_assets.databases import open_engine, write_ahead
 from ml_assets.settings import EngineName
 
 Action = Literal["release", "rollback", "withdraw"]
@@ -149,7 +149,7 @@ class Ledger:
     """Opens, and at first use creates, the ledger at a SQLAlchemy URL. Safe to share between threads."""
 
     def __init__(self, url: str):
-        self.engine = _engine(url)
+        self.engine = open_engine(url)
         _create_schema(self.engine)
 
     def close(self) -> None:
@@ -255,35 +255,13 @@ def _take_turn(connection: sa.Connection) -> None:
     connection.execute(sa.update(_writer).where(_writer.c.id == 1).values(turn=_writer.c.turn + 1))
 
 
-def _engine(url: str) -> sa.Engine:
-    engine = sa.create_engine(url)
-    if engine.dialect.name == "sqlite":
-        if engine.url.database in (None, "", ":memory:"):
-            raise ValueError(f"{url}: expected a database that other processes can open, not memory")
-        Path(engine.url.database).parent.mkdir(parents=True, exist_ok=True)
-
-        @event.listens_for(engine, "connect")
-        def _configure(connection: Any, _record: Any) -> None:
-            connection.isolation_level = None  # the module's own BEGIN would leave CREATE TABLE out
-            connection.execute("PRAGMA busy_timeout = 30000")
-            connection.execute("PRAGMA synchronous = FULL")  # a committed release survives a power cut
-
-        @event.listens_for(engine, "begin")
-        def _begin(connection: sa.Connection) -> None:
-            connection.exec_driver_sql("BEGIN")
-
-    return engine
-
-
 def _create_schema(engine: sa.Engine) -> None:
     if engine.dialect.name == "sqlite":
         assert engine.url.database is not None
         # the switch to WAL and the first CREATE TABLE fail when several processes do them at once
         with FileLock(f"{engine.url.database}.lock"):
             if not sa.inspect(engine).has_table(_writer.name):
-                raw = engine.raw_connection()  # outside of a transaction
-                raw.cursor().execute("PRAGMA journal_mode = WAL")
-                raw.close()
+                write_ahead(engine)
                 _create(engine)
             _add_columns(engine)
     else:

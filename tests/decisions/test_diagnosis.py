@@ -20,7 +20,7 @@ from ml_assets.decisions.diagnosis import LADDER, Past, again, decide, diagnose,
 from ml_assets.decisions.records import MAX_ATTEMPTS, TRAINING, Cost, Limits, Spent
 
 QUIET = signal(alarm=False)
-MOVED = signal("input_shift", severity="warn")
+MOVED = signal("inputs_mmd", severity="warn")
 
 
 def ago(**delta: float) -> str:
@@ -51,7 +51,7 @@ def test_moved_inputs_without_harm_are_watched() -> None:
     findings = make_findings(loss=0.0, labelled=5, signals=[QUIET, MOVED])
     decision = decide(make_evidence(findings), make_policy())
     assert decision.action == "watch"
-    assert "input_shift" in decision.diagnosis and "no harm" in decision.reason
+    assert "inputs_mmd" in decision.diagnosis and "no harm" in decision.reason
 
 
 def test_moved_inputs_with_labels_extend_the_dataset_once() -> None:
@@ -78,6 +78,13 @@ def test_moved_inputs_with_a_loss_are_repaired() -> None:
     assert decide(make_evidence(make_findings(signals=[MOVED])), make_policy()).action == (
         "incremental_update"
     )
+
+
+def test_in_a_fleet_the_evidence_must_stand_out() -> None:
+    evidence = make_evidence(fleet_size=1000, stands_out=False)
+    decision = decide(evidence, make_policy())
+    assert decision.action == "watch" and "stand out among 1000" in decision.diagnosis
+    assert decide(dataclasses.replace(evidence, stands_out=True), make_policy()).action != "watch"
 
 
 def test_malformed_answers_are_harm_although_labels_do_not_show_it() -> None:
@@ -259,6 +266,7 @@ evidences = st.builds(
     make_evidence,
     findings_strategy,
     generation=st.integers(0, 8),
+    stands_out=st.booleans(),
     past=pasts,
     predicted=st.fixed_dictionaries(
         {a: st.one_of(st.none(), st.floats(0, 500)) for a in ("incremental_update", "full_retrain")}
@@ -298,7 +306,7 @@ def test_rules(evidence, first, second, own, money, mode) -> None:
     confirmed = bool(window) and window[-1].failed
     confirmed = confirmed and sum(look.failed for look in window) >= policy.maintenance.failed_looks
     if decision.action in (*TRAINING, "ask_for_labels"):
-        assert confirmed
+        assert confirmed and evidence.stands_out
     if decision.action in TRAINING:
         assert (evidence.findings.outcome.loss or 0) > policy.margin
         assert evidence.new_rows >= policy.maintenance.min_new_rows

@@ -7,9 +7,11 @@ import pytest
 from maintenance_world import ADAPTER, NOW, REVISION, make_policy, make_release, make_spec
 
 from ml_assets.decisions.book import DecisionBook
-from ml_assets.decisions.records import NOTHING, Note, Spent
+from ml_assets.decisions.diagnosis import Policy
+from ml_assets.decisions.records import NOTHING, Decision, Note, Spent
 from ml_assets.decisions.staleness import find_stale, note_candidate, observe_due, to_decision
 from ml_assets.endpoints.ledger import Ledger
+from ml_assets.settings import Settings
 
 
 def ago(**delta: float) -> str:
@@ -64,6 +66,25 @@ def test_an_accepted_adapter_that_does_not_serve_is_released() -> None:
     assert actions(make_spec(), notes(accepted=accepted), rolled_back) == [], "somebody chose what serves"
     withdrawn = make_release(at=ago(hours=1), action="withdraw")
     assert actions(make_spec(), notes(accepted=accepted), withdrawn) == [], "somebody chose that nothing does"
+
+
+def test_a_move_to_another_base_revision_waits_for_a_person_where_the_yaml_says_so() -> None:
+    def decided(
+        revision: str, adapter: str = "n" * 64, now: str = NOW, move: str = "manual"
+    ) -> list[Decision]:
+        facts = notes()["accepted"].value | {"adapter": adapter, "base_revision": revision}
+        spec = make_spec(migration={"move": move})
+        policy = Policy.of(spec, Settings.from_env())
+        found = find_stale(spec, notes(accepted=Note(facts, ago(hours=2))), RELEASE, now)
+        return [to_decision("home", one, "d", RELEASE, policy, None, NOTHING, NOTHING) for one in found]
+
+    (waits,) = decided("tiny@000000000002")
+    assert (waits.action, waits.status) == ("release", "record_only")
+    assert "waits for a person who materializes home/endpoint" in waits.reason
+    (tomorrow,) = decided("tiny@000000000002", now=ago(days=-1))
+    assert tomorrow.id == waits.id, "it is written down once"
+    assert [one.status for one in decided("tiny@000000000002", move="automatic")] == ["to_do"]
+    assert [one.status for one in decided(REVISION)] == ["to_do"], "the same base revision is no move"
 
 
 def test_an_adapter_that_is_judged_again_and_not_accepted_is_accepted_no_more(tmp_path: Path) -> None:

@@ -9,16 +9,17 @@ import dagster as dg
 import httpx
 import pytest
 from gateway_world import QUESTION, Made, World, gateway_in_thread
+from maintenance_world import make_release
 
 from ml_assets.artifacts import ArtifactRef
 from ml_assets.base_models.partitions import BASE_MODELS
-from ml_assets.endpoints.asset import actor, build_endpoint_asset
+from ml_assets.endpoints.asset import actor, build_endpoint_asset, may_move
 from ml_assets.endpoints.gateway.keys import ADMIN_KEY_FILE
-from ml_assets.spec import CustomizationSpec
+from ml_assets.spec import CustomizationSpec, MigrationSpec
 from resources.artifact_store import ArtifactRefIOManager, ArtifactStoreResource
 from resources.gateway import GatewayResource
 from resources.ledger import LedgerResource
-from resources.mlflow_tracking import MlflowTracking
+from resources.mlflow_tracking import MlflowTracking, VersionInfo
 
 SPEC = CustomizationSpec.model_validate(
     {
@@ -246,3 +247,16 @@ def test_definition() -> None:
 )
 def test_who_moved_it(tags: dict[str, str], expected: str) -> None:
     assert actor(tags) == expected
+
+
+def test_a_move_that_waits_for_a_person_is_made_by_nobody_else() -> None:
+    challenger = VersionInfo("home", "2", "run", {"base_revision": "tiny@000000000002"})
+    serves = make_release("home", base_revision="tiny@000000000001")
+    manual = SPEC.model_copy(update={"migration": MigrationSpec(move="manual")})
+    by_hand, by_sensor = {}, {"dagster/sensor_name": "endpoint_health"}
+    assert may_move(manual, challenger, serves, by_hand)
+    assert not may_move(manual, challenger, serves, by_sensor)
+    assert may_move(SPEC, challenger, serves, by_sensor)
+    assert may_move(manual, challenger, None, by_sensor), "the first release is no move"
+    same = make_release("home", base_revision="tiny@000000000002")
+    assert may_move(manual, challenger, same, by_sensor), "nor is another adapter on the same revision"

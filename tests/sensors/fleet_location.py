@@ -85,12 +85,14 @@ def customization(name: str) -> tuple[list[Any], list[Any]]:
     def eval_report(context: dg.AssetExecutionContext) -> None:
         ran(context)
         said = home() / "verdict"
-        if decision := context.run.tags.get(DECISION_TAG):
-            ledger = Ledger(Settings.from_env().ledger_url)
-            DecisionBook(ledger).step(
+        ledger = Ledger(Settings.from_env().ledger_url)
+        book = DecisionBook(ledger)
+        decision = context.run.tags.get(DECISION_TAG)
+        if decision or (decision := book.migrating(name, context.partition_key)):
+            book.step(
                 decision, "judged", said.read_text() if said.exists() else "promote", context.run.run_id
             )
-            ledger.close()
+        ledger.close()
 
     @dg.asset(key=key("endpoint"), deps=[eval_report])
     def endpoint(context: dg.AssetExecutionContext) -> None:

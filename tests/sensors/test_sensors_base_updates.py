@@ -11,9 +11,19 @@ from tiny_models import tiny_model
 from ml_assets.base_models.identity import BaseModelError, identify, revision_key
 from ml_assets.base_models.partitions import BASE_MODELS
 from ml_assets.spec import BaseFamily, DirectoryBase
+from resources.artifact_store import ArtifactStoreResource
 from resources.base_model_hub import BaseModelHub
+from resources.ledger import LedgerResource
+from resources.traffic_log import TrafficLogResource
 from sensors import base_updates
 from sensors.base_updates import build_base_updates_sensor
+
+RESOURCES = {
+    "base_model_hub": BaseModelHub(),
+    "ledger": LedgerResource(),
+    "traffic_log": TrafficLogResource(),
+    "artifact_store": ArtifactStoreResource(),
+}
 
 
 @pytest.fixture
@@ -28,9 +38,7 @@ def family(name: str) -> BaseFamily:
 
 def tick(sensor: dg.SensorDefinition, instance: dg.DagsterInstance) -> tuple[list[str], str | None]:
     """Evaluate as the daemon does: (partitions added, why nothing else was done)."""
-    context = dg.build_sensor_context(
-        instance=instance, resources={"base_model_hub": BaseModelHub()}, definitions=definitions(sensor)
-    )
+    context = dg.build_sensor_context(instance=instance, resources=RESOURCES, definitions=definitions(sensor))
     data = sensor.evaluate_tick(context)
     assert not data.run_requests
     added = [key for request in data.dynamic_partitions_requests or [] for key in request.partition_keys]
@@ -42,7 +50,7 @@ def definitions(sensor: dg.SensorDefinition) -> dg.Definitions:
     @dg.asset(name="base_model", partitions_def=BASE_MODELS)
     def base_model() -> None: ...
 
-    return dg.Definitions(assets=[base_model], sensors=[sensor], resources={"base_model_hub": BaseModelHub()})
+    return dg.Definitions(assets=[base_model], sensors=[sensor], resources=RESOURCES)
 
 
 def test_new_content_becomes_a_partition_once(tmp_path: Path, instance: dg.DagsterInstance):
