@@ -64,6 +64,11 @@ DRIFT_HOME ?= $(EVERGREEN_HOME)/demo-drift-home
 demo-drift: setup  ## replay a product's history: drift, decisions, updates, with nobody touching it
 	@EVERGREEN_HOME=$(DRIFT_HOME) $(BIN)/python -m examples.home_commands.history.replay
 
+MIGRATION_HOME ?= $(EVERGREEN_HOME)/demo-migration-home
+.PHONY: demo-migration
+demo-migration: setup  ## a new revision of the base arrives: everything moves to it, with nobody touching it
+	@EVERGREEN_HOME=$(MIGRATION_HOME) $(BIN)/python -m examples.base_revisions.migration.run
+
 .PHONY: up down status
 up: setup  ## start Dagster, MLflow and the gateway in the background
 	@$(BIN)/evergreen up

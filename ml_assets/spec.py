@@ -9,6 +9,7 @@ import re
 from statistics import NormalDist
 from string import Formatter
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 from pydantic import (
     BaseModel,
@@ -35,6 +36,7 @@ REVISION = r"^[A-Za-z0-9][A-Za-z0-9._/-]*$"
 DURATION = r"^[1-9]\d*[mhd]$"
 DAYS = r"^[1-9]\d*d$"
 CRON = r"^(\S+ ){4}\S+$"
+VARIABLE = r"^[A-Za-z_][A-Za-z0-9_]*$"
 # what an error says instead of the pattern
 PATTERN_WORDS = {
     NAME: "lower-case letters, digits and underscores, starting with a letter",
@@ -44,6 +46,7 @@ PATTERN_WORDS = {
     REVISION: "a full commit hash, or a branch or tag",
     DURATION: "a duration such as '90m', '36h' or '7d'",
     DAYS: "a number of days such as '365d'",
+    VARIABLE: "the name of an environment variable: letters, digits and underscores",
     CRON: "a cron expression of five fields such as '0 3 * * 1'",
 }
 # used by other groups of the asset graph and other jobs than a customization's
@@ -135,7 +138,58 @@ class HubBase(Block):
     )
 
 
-BaseSource = Annotated[DirectoryBase | GgufBase | WheelBase | HubBase, Field(discriminator="kind")]
+class HostedBase(Block):
+    """A model that somebody else runs, behind an OpenAI-compatible URL. It has no weights here: what is
+    carried to it is the prompt, with examples (block `examples`)."""
+
+    kind: Literal["hosted"]
+    url: str = Field(description="such as `https://api.example.com/v1`")
+    model: str = Field(min_length=1, description="the provider's name for it, a dated one where there is one")
+    revision: str = Field(
+        min_length=1,
+        description="label of its state, such as the provider's date; with another label it is another base "
+        "revision",
+    )
+    key: str | None = Field(
+        default=None,
+        pattern=VARIABLE,
+        description="NAME of the environment variable that holds the API key: the key itself is never stored",
+    )
+    per_1000_prompt_tokens: float = Field(
+        default=0.0, ge=0, description="price, in the currency of `evaluation.value`"
+    )
+    per_1000_answer_tokens: float = Field(default=0.0, ge=0, description="price, the same")
+    context_length: int = Field(default=8192, ge=64, description="tokens of prompt and answer together")
+    seconds: float = Field(default=60.0, gt=0, description="that one request may take")
+    attempts: int = Field(
+        default=5,
+        ge=1,
+        description="for one request: a busy or failing provider is asked again, ever later",
+    )
+    at_once: int = Field(default=4, ge=1, le=256, description="requests under way at the same time")
+    max_requests: int = Field(
+        default=5000,
+        ge=1,
+        description="most that one evaluation may send; one that needs more is refused before the first",
+    )
+
+    @field_validator("url")
+    @classmethod
+    def _plain(cls, url: str) -> str:
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ValueError("expected an http or https URL such as 'https://api.example.com/v1'")
+        if parts.username or parts.password or parts.query or parts.fragment:
+            raise ValueError(
+                "expected a URL without user, password and parameters: the API key goes into an environment "
+                "variable whose name is given as 'key'"
+            )
+        return url.rstrip("/")
+
+
+BaseSource = Annotated[
+    DirectoryBase | GgufBase | WheelBase | HubBase | HostedBase, Field(discriminator="kind")
+]
 
 
 class BaseFamily(Block):
@@ -323,6 +377,26 @@ class AdapterRecipe(Block):
         return self
 
 
+class ExamplesSpec(Block):
+    """Examples that a prompt to a hosted base shows. They are training rows, chosen by how well the base
+    answers other training rows with them."""
+
+    choose: Literal["best", "nearest", "searched"] = Field(
+        default="best",
+        description="`nearest`: for each request those most like it, by words in common; `searched`: a fixed "
+        "set, the best of several; `best`: whichever of both measures better, or none",
+    )
+    count: int = Field(default=6, ge=1, le=100, description="most examples in a prompt")
+    validation_rows: int = Field(
+        default=40,
+        ge=4,
+        description="training rows that the choice is measured on, and that are not shown",
+    )
+    max_requests: int = Field(
+        default=240, ge=0, description="most that the choice may send; 0: nothing is measured"
+    )
+
+
 # -- evaluation ----------------------------------------------------------------------------------------
 
 
@@ -495,6 +569,12 @@ class FeedbackSpec(Block):
     min_rows_per_key: int = Field(
         default=10, ge=1, description="rows that a key may give whatever its share, so that a few users count"
     )
+    must_pass: int = Field(
+        default=20,
+        ge=0,
+        description="rows that were answered wrong in production, the newest, which later candidates must "
+        "get right (docs/evaluation.md); 0: none",
+    )
 
 
 class DriftSpec(Block):
@@ -648,6 +728,9 @@ class CustomizationSpec(Block):
         min_length=1, description="families declared by `ml_assets.BaseModels` to follow"
     )
     adapter: AdapterRecipe = Field(default_factory=AdapterRecipe, description="how it is trained")
+    examples: ExamplesSpec = Field(
+        default_factory=ExamplesSpec, description="what a prompt to a hosted base shows"
+    )
     evaluation: EvaluationSpec = Field(description="how answers are judged")
     freshness: FreshnessSpec = Field(default_factory=FreshnessSpec, description="how old it may get")
     endpoint: EndpointSpec = Field(default_factory=EndpointSpec, description="what serves, and its limits")

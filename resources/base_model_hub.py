@@ -28,7 +28,7 @@ class BaseModelHub(dg.ConfigurableResource):
     )
 
     def access(self) -> HubAccess:
-        return HubAccess(self.endpoint, self.token)
+        return HubAccess(self.endpoint, self.token, lambda name: dg.EnvVar(name).get_value())
 
     def settings(self) -> Settings:
         return dataclasses.replace(Settings.from_env(), home=Path(self.home).expanduser().resolve())

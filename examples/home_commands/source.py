@@ -94,6 +94,7 @@ def utterances(
     languages: Sequence[str] | dict[str, float] | None = None,
     intents: Sequence[str] | None = None,
     path: str | None = None,
+    words: str | None = None,
 ) -> list[dict[str, str]]:
     """Sample `rows` different utterances.
 
@@ -104,6 +105,7 @@ def utterances(
         languages: names (equal shares) or shares by name; default 70 % `en`, 30 % `de`.
         intents: short names such as `TurnOn`; default: `INTENTS`, as far as the release has them.
         path: a wheel file to read instead of downloading the release.
+        words: a folder of word lists, `<language>.json`, instead of those beside this file.
 
     Returns rows with `utterance`, `call` (compact JSON: `intent`, then the slots in a fixed order), `intent`,
     `language` and `template` (id of the template, the same in every release that has it).
@@ -115,8 +117,9 @@ def utterances(
     if not isinstance(shares, dict):
         shares = dict.fromkeys(shares, 1.0)
     file = Path(path) if path else wheel(f"home-assistant-intents=={release}", Settings.from_env())
+    folder = Path(words) if words else Path(__file__).parent / "words"
     streams = {
-        language: _interleave(_Grammar(file, language), intents, f"{release} {seed} {language}")
+        language: _interleave(_Grammar(file, language, folder), intents, f"{release} {seed} {language}")
         for language in shares
     }
     found: list[dict[str, str]] = []
@@ -157,9 +160,9 @@ def _interleave(grammar: "_Grammar", intents: Sequence[str] | None, seed: str) -
 class _Grammar:
     """The templates, rules and lists of one release and language, with our words."""
 
-    def __init__(self, file: Path, language: str) -> None:
+    def __init__(self, file: Path, language: str, folder: Path) -> None:
         data = _read_release(file, language)
-        words = Path(__file__).parent / "words" / f"{language}.json"
+        words = folder / f"{language}.json"
         if not words.exists():
             known = ", ".join(sorted(path.stem for path in words.parent.glob("*.json")))
             raise ValueError(f"no words for language {language!r}; there are: {known}")

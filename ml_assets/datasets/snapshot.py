@@ -56,7 +56,8 @@ def build_snapshot(
 ) -> Snapshot:
     """The snapshot of a source and of right answers from users. It depends on the multiset of rows, the spec,
     `parent` and `feedback` only. Where a row of it came from feedback, all have a column `_origin`: `source`,
-    `feedback`, or `champion` for a right answer that is the model's own.
+    `feedback`, or `champion` for a right answer that is the model's own; and `_said`, the number of the
+    feedback that said so ("" for the source's), which grows with time.
 
     Args:
         parent: evaluation rows of the snapshot before this one: they are kept, also when the source dropped
@@ -79,7 +80,8 @@ def build_snapshot(
     train = state.drop_leaks(train, evaluation)
     train = state.drop_near_duplicates(train)
     if any("_origin" in row for row in [*train, *evaluation]):
-        train, evaluation = ([{"_origin": "source", **row} for row in side] for side in (train, evaluation))
+        unsaid = {"_origin": "source", "_said": ""}
+        train, evaluation = ([unsaid | row for row in side] for side in (train, evaluation))
     snapshot = Snapshot(
         train=sorted(({**row, "_split": "train"} for row in train), key=lambda row: row["_row"]),
         evaluation=sorted(
@@ -107,7 +109,8 @@ def write_snapshot(snapshot: Snapshot, directory: Path, manifest: Mapping[str, A
     import pyarrow.parquet
 
     rows = sorted([*snapshot.train, *snapshot.evaluation], key=lambda row: row["_row"])
-    names = [*snapshot.columns, "_row", "_split", *(["_origin"] if rows and "_origin" in rows[0] else [])]
+    notes = [name for name in ("_origin", "_said") if rows and name in rows[0]]
+    names = [*snapshot.columns, "_row", "_split", *notes]
     table = pyarrow.table(
         {name: pyarrow.array([row[name] for row in rows], pyarrow.string()) for name in names}
     )
@@ -125,7 +128,7 @@ def write_snapshot(snapshot: Snapshot, directory: Path, manifest: Mapping[str, A
 
 def load_rows(directory: Path, split: str) -> list[Row]:
     """Rows of one side (`train` or `evaluation`) of a dataset artifact, sorted by `_row`: the columns as
-    strings, `_row`, `_split`, and `_origin` where some rows came from feedback."""
+    strings, `_row`, `_split`, and `_origin` and `_said` where some rows came from feedback."""
     import pyarrow.parquet
 
     if split not in ("train", "evaluation"):
@@ -304,7 +307,7 @@ class _Builder:
                 continue
             kept = {column: row.get(column, "") for column in self.spec.columns()}
             if row.get("_origin", "source") != "source":
-                kept["_origin"] = row["_origin"]
+                kept |= {"_origin": row["_origin"], "_said": row.get("_said", "")}
             frozen.append(kept)
         frozen = self.redact(frozen)  # the rules may have become stricter
         return [today.get(row["_row"], row) for row in frozen]
@@ -332,7 +335,9 @@ class _Builder:
             self.remove,
         )
         self.feedback_keys = admitted.keys
-        joined = {one.row["_row"]: one.row | {"_origin": one.origin} for one in admitted.rows}
+        joined = {
+            one.row["_row"]: one.row | {"_origin": one.origin, "_said": str(one.seq)} for one in admitted.rows
+        }
         return list(joined.values())
 
     def drop_conflicts(self, rows: list[Row], frozen: list[Row]) -> list[Row]:

@@ -16,6 +16,8 @@ class Meter:
 
     device_seconds: float | None = None
     rows: int = 0
+    money: float = 0.0
+    """Paid to somebody else, beside the price of the device."""
 
     def read(self, device_seconds: float, rows: int) -> None:
         self.device_seconds, self.rows = device_seconds, rows
@@ -33,7 +35,8 @@ def metered(
     finally:
         seconds = time.monotonic() - started if meter.device_seconds is None else meter.device_seconds
         if seconds > 0:
+            money = seconds * price + meter.money
             with open_book() as book:
                 book.record_cost(
-                    dataclasses.replace(cost, device_seconds=seconds, rows=meter.rows, money=seconds * price)
+                    dataclasses.replace(cost, device_seconds=seconds, rows=meter.rows, money=money)
                 )

@@ -15,12 +15,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ml_assets.artifacts import ArtifactRef, ArtifactStore, canonical_json, sha256_bytes
+from ml_assets.artifacts import ArtifactRef, ArtifactStore, canonical_json, read_json, sha256_bytes
 from ml_assets.datasets.snapshot import load_rows, normalize
 from ml_assets.drift_reports.embeddings import MINILM, Embed, Embedder, base_layer, embed_all, hashing
 from ml_assets.drift_reports.mmd import Kernel, null_tails
 from ml_assets.drift_reports.observe import LONGEST, LabelRule, answered
 from ml_assets.drift_reports.projection import Projection, surface_of
+from ml_assets.engine.examples import read_examples
+from ml_assets.engine.hosted import is_hosted
 from ml_assets.eval_reports.value import row_values
 from ml_assets.spec import CustomizationSpec
 
@@ -91,12 +93,23 @@ def reference_key(spec: CustomizationSpec, champion: Champion) -> str:
     return sha256_bytes(canonical_json(parts))
 
 
+def base_of(store: ArtifactStore, champion: Champion) -> dict[str, Any]:
+    """The manifest of the champion's base."""
+    return read_json(store.open(ArtifactRef("base_model", champion.base_digest)) / "manifest.json")
+
+
+def embedding_of(spec: CustomizationSpec, store: ArtifactStore, champion: Champion) -> str:
+    """How inputs become vectors: as the YAML says, but a hosted base has no layers here."""
+    how = spec.drift.embedding
+    return "hashing" if how == "base" and is_hosted(base_of(store, champion)) else how
+
+
 class Models:
     """What a look computes with: the champion's base, loaded once when it is needed, and the embedding."""
 
     def __init__(self, spec: CustomizationSpec, store: ArtifactStore, home: Path, champion: Champion):
         self.store, self.home, self.champion = store, home, champion
-        how = spec.drift.embedding
+        how = embedding_of(spec, store, champion)
         makes = {"hashing": hashing, "minilm": self._minilm, "base": lambda: base_layer(self.base)}
         identity = {"base": champion.base_digest, "minilm": MINILM, "hashing": "hashing"}[how]
         self.embed = Embedder(makes[how], home / "cache" / "embeddings", f"{how} {identity} {VERSION}")
@@ -161,7 +174,7 @@ def _build(
     lines = champion_lines(store, champion)
     arrays |= _answer_arrays(spec, rule, lines)
     arrays["confidence"] = np.full(len(lines), np.nan)
-    if spec.drift.embedding != "hashing" and lines:
+    if embedding_of(spec, store, champion) != "hashing" and not is_hosted(base_of(store, champion)) and lines:
         by_hash = {row["_row"]: row for row in frozen}
         asked = [
             render_messages(prompt, by_hash[line["row"]]) if line["row"] in by_hash else None
@@ -236,11 +249,17 @@ def _confidences(
     """Mean log-probability of the champion's answers to the frozen rows, as the gateway measures it."""
     from ml_assets.engine.scoring import mean_logprobs
 
-    base = models.base
-    base.attach("champion", store.open(ArtifactRef("adapter", champion.adapter_digest)))
+    base, directory = models.base, store.open(ArtifactRef("adapter", champion.adapter_digest))
+    base.attach("champion", directory)
+    shots = read_examples(directory, base.adapters["champion"])
     found = np.full(len(lines), np.nan)
     known = [i for i, messages in enumerate(asked) if messages and lines[i]["answer"]]
-    pairs = [(base.chat.prompt_ids(asked[i] or []), base.chat.target_ids(lines[i]["answer"])) for i in known]
+
+    def prompt(messages: Sequence[Mapping[str, str]]) -> list[int]:
+        shown = shots.before(messages, lambda longer: len(base.chat.prompt_ids(longer)), base.context_length)
+        return base.chat.prompt_ids(shown)
+
+    pairs = [(prompt(asked[i] or []), base.chat.target_ids(lines[i]["answer"])) for i in known]
     if pairs:
         with base.active("champion"):
             found[known] = mean_logprobs(base, pairs)

@@ -36,13 +36,16 @@ class NoStart(ValueError):
 @dataclass
 class OldModules:
     """What is kept of the base that an adapter comes from, by module: its weight (out, in), and where the two
-    bases read the same tokens, how it computes them: the Gram matrix of its inputs, its inputs through A
-    (tokens, rank), and its outputs through B, solved for the regression (tokens, rank)."""
+    bases read the same tokens, how it computes them: the Gram matrix of its inputs, its inputs through A and
+    its outputs through B (tokens, rank each), the latter also solved for the regression, and what of B the
+    outputs do not span (out, rank)."""
 
     weights: dict[str, Tensor] = field(default_factory=dict)
     grams: dict[str, Tensor] = field(default_factory=dict)
     through_a: dict[str, Tensor] = field(default_factory=dict)
     through_b: dict[str, Tensor] = field(default_factory=dict)
+    solved_b: dict[str, Tensor] = field(default_factory=dict)
+    rest_b: dict[str, Tensor] = field(default_factory=dict)
 
 
 def read_old(base: Base, adapter: Adapter, texts: Sequence[Sequence[int]]) -> OldModules:
@@ -55,7 +58,9 @@ def read_old(base: Base, adapter: Adapter, texts: Sequence[Sequence[int]]) -> Ol
             a, b = (part.float() for part in adapter.weights[name])
             old.grams[name] = _gram(x)
             old.through_a[name] = x @ a.T
-            old.through_b[name] = _solve(y, y @ b)
+            old.through_b[name] = y @ b
+            old.solved_b[name] = _solve(y, y @ b)
+            old.rest_b[name] = b - y.T @ old.solved_b[name]
 
         _watch(base, list(adapter.weights), texts, keep)
     return old
@@ -148,8 +153,17 @@ def _mapped(
 
     def map_module(name: str, x: Tensor, y: Tensor) -> None:
         before = match[name]
-        a = (x.T @ _solve(x, old.through_a[before].to(x.device))).T
-        b = y.T @ old.through_b[before].to(x.device)
+        old_a, old_b = (part.float() for part in adapter.weights[before])
+        through_a, through_b = (known[before].to(x.device) for known in (old.through_a, old.through_b))
+        # Where the sizes are the same and the tokens say that the coordinates are, too, what the regression
+        # knows nothing about stays as it was.
+        if old_a.shape[1] == x.shape[1] and _nearer(x @ old_a.T, through_a):
+            a = old_a + (x.T @ _solve(x, through_a - x @ old_a.T)).T
+        else:
+            a = (x.T @ _solve(x, through_a)).T
+        b = y.T @ old.solved_b[before].to(x.device)
+        if old_b.shape[0] == y.shape[1] and _nearer(y @ old_b, through_b):
+            b = b + old.rest_b[before].to(x.device)
         weights[name] = a.contiguous(), b.contiguous()
 
     _watch(base, names, texts, map_module)
@@ -290,6 +304,11 @@ def _gram(x: Tensor) -> Tensor:
     some = x[:: max(1, len(x) // GRAM_TOKENS)][:GRAM_TOKENS]
     some = some - some.mean(0)
     return some @ some.T
+
+
+def _nearer(found: Tensor, wanted: Tensor) -> bool:
+    """Whether `found` tells more about `wanted` than nothing would."""
+    return float((found - wanted).norm()) < float(wanted.norm())
 
 
 def _solve(x: Tensor, y: Tensor) -> Tensor:

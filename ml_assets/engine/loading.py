@@ -2,7 +2,7 @@
 
 import contextlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -95,6 +95,14 @@ class Base:
         """Forget an attached adapter and free its memory. The last one gone leaves the plain model."""
         del self.adapters[name]
         self.lora.remove(name)
+
+    def count_prompt(self, messages: Sequence[Mapping[str, str]]) -> int:
+        """Tokens of a conversation."""
+        return len(self.chat.prompt_ids(messages))
+
+    def count_answer(self, text: str) -> int:
+        """Tokens of an answer, the one that ends it included."""
+        return len(self.chat.target_ids(text))
 
     def active_from(self, name: str | None, prompt: Sequence[int]) -> int:
         """The token of `prompt` from which adapter `name` works; its length for the bare base."""

@@ -14,6 +14,7 @@ from ml_assets.base_models.partitions import BASE_MODELS
 from ml_assets.decisions.meter import metered
 from ml_assets.decisions.staleness import note_candidate
 from ml_assets.decisions.tags import DECISION_TAG, run_cost
+from ml_assets.engine.hosted import HostedError
 from ml_assets.eval_reports.build import REPORT_VERSION, BuiltReport, Champion, build_report, with_climb
 from ml_assets.eval_reports.checks import check_results, check_specs
 from ml_assets.eval_reports.metrics import MetricError
@@ -111,10 +112,13 @@ def build_eval_report_asset(spec: CustomizationSpec, root: Path) -> dg.AssetsDef
                 if climb and rung:
                     built = with_climb(built, climb, spec, root, store, settings.home)
                 meter.rows = built.summary["rows"]
+                meter.money = sum(paid["money"] for paid in built.record.get("hosted", {}).values())
                 if built.reused:
                     meter.device_seconds = 0
         except (EvaluationError, MetricError, IncompatibleAdapter) as error:
             raise dg.Failure(str(error), allow_retries=False) from error
+        except HostedError as error:
+            raise dg.Failure(str(error), allow_retries=error.transient) from error
         if built.reused:
             context.log.info(f"{built.ref}: these inputs were evaluated before, nothing to do")
         context.log.info(headline(built.decision))

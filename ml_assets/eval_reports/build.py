@@ -17,8 +17,10 @@ from ml_assets.artifacts import (
     sha256_bytes,
     sha256_file,
 )
+from ml_assets.datasets.failures import production_failures
 from ml_assets.datasets.snapshot import load_rows
 from ml_assets.engine.examples import is_prompted, read_examples
+from ml_assets.engine.hosted import HostedModel, open_base
 from ml_assets.eval_reports.gate import Decision, better_arm, decide
 from ml_assets.eval_reports.metrics import resolve_callable
 from ml_assets.eval_reports.report import arm_title, render_html, render_markdown, summarize
@@ -54,7 +56,8 @@ class Champion:
 
 @dataclass(frozen=True)
 class BuiltReport:
-    """A published report. `record` is what may differ between two computations of it: seconds per answer."""
+    """A published report. `record` is what may differ between two computations of it: `seconds` per answer,
+    and what was sent to `hosted` bases ({revision: {"requests", "money"}})."""
 
     ref: ArtifactRef
     directory: Path
@@ -90,6 +93,7 @@ def report_key(
         "customization": spec.name,
         "prompt": spec.prompt.model_dump(),
         "evaluation": evaluation.model_dump(),
+        "failures": spec.feedback.must_pass,
         "must_pass": sha256_file(must_pass) if must_pass and must_pass.is_file() else None,
         "adapter": adapter.digest,
         "dataset": dataset.digest,
@@ -136,13 +140,25 @@ def build_report(
         champion = None
 
     hardware.prepare_process()
+    spent: dict[str, dict[str, float]] = {}
     with hardware.computing(home):
         lines, decision, seconds, about, known = _evaluate(
-            spec, root, store, home, compute, adapter, dataset, base_model, champion, on_progress, looks
+            spec,
+            root,
+            store,
+            home,
+            compute,
+            adapter,
+            dataset,
+            base_model,
+            champion,
+            on_progress,
+            looks,
+            spent,
         )
     summary = summarize(lines, spec.evaluation, decision, about, known)
     ref = _publish(store, summary, lines)
-    record = {"seconds": seconds}
+    record = {"seconds": seconds, "hosted": spent}
     store.remember(KIND, key, ref, record)
     once_serving = report_key(spec, root, adapter, dataset, base_model, adapter.digest, compute)
     store.remember(KIND, once_serving, ref, record)
@@ -210,27 +226,27 @@ def _evaluate(
     champion: Champion | None,
     on_progress: Callable[[str, int, int], None] | None,
     looks: int,
+    spent: dict[str, dict[str, float]],
 ) -> tuple[list[Row], Decision, dict[str, list[float] | None], dict[str, Any], set[str]]:
-    from ml_assets.engine import hardware
-    from ml_assets.engine.loading import load_base
-
-    dtype = hardware.compute_dtype(home)
     evaluation = spec.evaluation
     questions = _Questions.of(spec, root, store, dataset, compute, on_progress)
     rows, train_rows, must_pass = questions.rows, questions.train_rows, questions.must_pass
 
-    base = load_base(store.open(base_model), dtype)
+    base = open_base(store.open(base_model), home)
     base.attach("adapter", store.open(adapter))
     arms = [Arm("zero_shot")]
     if evaluation.few_shot:
         tokens = evaluation.max_new_tokens or default_new_tokens(base, spec.prompt, train_rows)
         examples = choose_examples(train_rows, spec.prompt, evaluation, spec.adapter.seed)
-        examples = fitting_examples(base, spec.prompt, [*rows, *must_pass], examples, tokens)
+        examples = fitting_examples(
+            base, spec.prompt, [*rows, *must_pass, *questions.failures], examples, tokens
+        )
         if examples:
             arms.append(Arm("few_shot", examples=examples))
     arms.append(adapter_arm("adapter", adapter, store.open(adapter)))
     lines, seconds = questions.ask(base, arms)
-    forgotten = forgetting(base, "adapter") if arms[-1].adapter else 0.0
+    forgotten = 0.0 if isinstance(base, HostedModel) or not arms[-1].adapter else forgetting(base, "adapter")
+    _note(spent, base)
     revision = base.manifest["revision"]
 
     served: dict[str, Any] = {}
@@ -241,8 +257,9 @@ def _evaluate(
         known = _evaluation_rows(store, served["dataset"])
         if champion.base_model is not None:
             del base  # two bases in memory at once may be more than there is
-            base = load_base(store.open(champion.base_model), dtype)
+            base = open_base(store.open(champion.base_model), home)
         more, more_seconds = questions.ask_champion(base, champion.adapter, folder)
+        _note(spent, base)
         lines, seconds = lines + more, seconds | more_seconds
 
     by_arm = {name: [line for line in lines if line["arm"] == name] for name in seconds}
@@ -308,6 +325,7 @@ class _Questions:
     train_rows: Sequence[Mapping[str, Any]]
     rows: Sequence[Mapping[str, Any]]
     must_pass: Sequence[Mapping[str, Any]]
+    failures: Sequence[Mapping[str, Any]]
     columns: Sequence[str]
     on_progress: Callable[[str, int, int], None] | None
 
@@ -325,11 +343,12 @@ class _Questions:
         rows = select_rows(load_rows(directory, "evaluation"), evaluation.max_rows)
         columns = list(dict.fromkeys(c for named in spec.prompt.columns().values() for c in named))
         must_pass = load_must_pass(root / evaluation.must_pass, columns) if evaluation.must_pass else []
-        train_rows = load_rows(directory, "train")
-        return cls(spec, store, compute, train_rows, rows, must_pass, columns, on_progress)
+        train_rows, held_out = load_rows(directory, "train"), load_rows(directory, "evaluation")
+        failures = production_failures([*train_rows, *held_out], spec.feedback.must_pass)
+        return cls(spec, store, compute, train_rows, rows, must_pass, failures, columns, on_progress)
 
     def ask(
-        self, base: "Base", arms: list[Arm], asked_with: Mapping[str, Any] | None = None
+        self, base: "Base | HostedModel", arms: list[Arm], asked_with: Mapping[str, Any] | None = None
     ) -> tuple[list[Row], dict[str, list[float] | None]]:
         return evaluate(
             base,
@@ -339,6 +358,7 @@ class _Questions:
             self.train_rows,
             arms,
             must_pass=self.must_pass,
+            failures=self.failures,
             asked_with=asked_with,
             store=self.store,
             compute=self.compute,
@@ -346,7 +366,7 @@ class _Questions:
         )
 
     def ask_champion(
-        self, base: "Base", adapter: ArtifactRef, folder: Path
+        self, base: "Base | HostedModel", adapter: ArtifactRef, folder: Path
     ) -> tuple[list[Row], dict[str, list[float] | None]]:
         """The champion is asked what it was trained on, if today's rows still have it."""
         base.attach("champion", folder)
@@ -354,6 +374,12 @@ class _Questions:
         if asked and not all(c in self.columns for c in _columns(asked)):
             asked = None
         return self.ask(base, [adapter_arm("champion", adapter, folder)], asked)
+
+
+def _note(spent: dict[str, dict[str, float]], base: "Base | HostedModel") -> None:
+    """What was sent to a hosted base, and what it cost."""
+    if isinstance(base, HostedModel) and base.sent:
+        spent[base.manifest["revision"]] = {"requests": base.sent, "money": round(base.money, 6)}
 
 
 def _evaluation_rows(store: ArtifactStore, dataset: str) -> set[str]:

@@ -27,6 +27,8 @@ from ml_assets.spec import EvaluationSpec
 Row = Mapping[str, Any]
 Verdict = Literal["promote", "reject", "undecided"]
 ALL = "all rows"
+DISPUTED = 3
+"""Rows that failed in production, were trained on and are wrong again, from which the rows are in doubt."""
 
 
 @dataclass(frozen=True)
@@ -134,7 +136,7 @@ def decide(
     doubts: list[str] = []
     notes: list[str] = []
 
-    must_pass = _must_pass(candidate_rows, rejections)
+    must_pass = _must_pass(candidate_rows, reference, against, rejections, notes)
     difference = _difference(pairs, spec, threshold) if pairs else None
     needs = None
     if difference is None:
@@ -228,8 +230,33 @@ def _by_row(rows: Sequence[Row], which: str) -> dict[str, Row]:
     return found
 
 
-def _must_pass(rows: Sequence[Row], rejections: list[str]) -> dict[str, Any]:
-    chosen = [row for row in rows if row["must_pass"]]
+def _must_pass(
+    rows: Sequence[Row],
+    reference: Mapping[str, Row],
+    against: str,
+    rejections: list[str],
+    notes: list[str],
+) -> dict[str, Any]:
+    """Must-pass rows: those of the YAML's file, and those that were wrong in production (`failed`), as far as
+    a candidate can be held to them. It can where the champion has such a row right by now, and where it was
+    there to be trained on. Where candidates get DISPUTED or more of the latter wrong, and at least half of
+    them, something is wrong with the rows: they are listed, and stop nobody."""
+    failed = [row for row in rows if row.get("failed")]
+    fixed = [r for r in failed if against == "champion" and reference.get(str(r["row"]), {}).get("right")]
+    names = {row["row"] for row in fixed}
+    open_ = [row for row in failed if row["row"] not in names]
+    taught = [row for row in open_ if row["failed"] == "trained"]
+    missed = sum(not row["right"] for row in taught)
+    disputed = missed >= DISPUTED and 2 * missed >= len(taught)
+    names |= {row["row"] for row in taught if not disputed}
+    if disputed:
+        notes.append(
+            f"failures in production: {missed} of {len(taught)} rows that were to be learned are answered "
+            "in another way; so many are hardly the candidate's mistakes, so they do not count as must-pass "
+            "rows: look at the feedback that they came from"
+        )
+    waiting = sorted(str(row["row"]) for row in open_ if row["row"] not in names and not row["right"])
+    chosen = [row for row in rows if row["must_pass"] or row["row"] in names]
     wrong = sorted(str(row["row"]) for row in chosen if not row["right"])
     if wrong:
         first = next(row for row in chosen if row["row"] == wrong[0])
@@ -237,7 +264,7 @@ def _must_pass(rows: Sequence[Row], rejections: list[str]) -> dict[str, Any]:
             f"must-pass: {len(wrong)} of {len(chosen)} rows are wrong, allowed are none; row {wrong[0][:12]} "
             f"expected {_short(first['expected'])}, got {_short(first['answer'])}"
         )
-    return {"rows": len(chosen), "wrong": wrong}
+    return {"rows": len(chosen), "wrong": wrong, "failures": len(failed), "open": waiting}
 
 
 def _short(text: str, length: int = 80) -> str:

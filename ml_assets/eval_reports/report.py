@@ -384,7 +384,9 @@ def render_html(summary: Mapping[str, Any], lines: Sequence[Row]) -> str:
         cut=_cut,
     )
     decision = summary["decision"]
-    required = [row for row in lines if row["arm"] == "adapter" and row["must_pass"]]
+    of_candidate = [row for row in lines if row["arm"] == "adapter"]
+    required = [row for row in of_candidate if row["must_pass"]]
+    failed = [row for row in of_candidate if row.get("failed")]
     return environment.from_string(template).render(
         summary=summary,
         decision=decision,
@@ -395,6 +397,7 @@ def render_html(summary: Mapping[str, Any], lines: Sequence[Row]) -> str:
         decision_png=decision_plot(summary),
         worst=worst_examples(lines, summary["metric"], decision["reference"]),
         must_pass=sorted(required, key=lambda row: (row["right"], row["row"])),
+        failed=sorted(failed, key=lambda row: (row["right"], row["row"])),
         most_segments=MOST_SEGMENTS,
         most_flips=MOST_FLIPS,
         climb=summary.get("climb"),

@@ -17,12 +17,15 @@ from typing import TYPE_CHECKING, Any, Literal
 from ml_assets.artifacts import ArtifactStore, canonical_json, sha256_bytes
 from ml_assets.datasets.snapshot import normalize
 from ml_assets.engine.examples import Examples, put_before
+from ml_assets.engine.hosted import HostedModel, asked_for_labels, exact_label
 from ml_assets.eval_reports.metrics import MetricError, metric_name, right_from, row_scores
 from ml_assets.eval_reports.value import is_refused
 from ml_assets.spec import EvaluationSpec, PromptSpec
 
 if TYPE_CHECKING:
     from ml_assets.engine.loading import Base
+
+    AnyBase = Base | HostedModel
 
 ArmName = Literal["zero_shot", "few_shot", "adapter", "champion"]
 ANSWERS = "answers"
@@ -143,7 +146,7 @@ def build_messages(
 
 
 def default_new_tokens(
-    base: "Base", prompt: PromptSpec | Mapping[str, Any], train_rows: Sequence[Mapping[str, Any]]
+    base: "AnyBase", prompt: PromptSpec | Mapping[str, Any], train_rows: Sequence[Mapping[str, Any]]
 ) -> int:
     """A quarter more than the tokens of the longest training target."""
     from ml_assets.engine.prompting import render_target
@@ -151,14 +154,14 @@ def default_new_tokens(
     targets = {render_target(prompt, row) for row in train_rows}
     if not targets:
         raise EvaluationError("the dataset has no training rows, so max_new_tokens must be given")
-    return math.ceil(1.25 * max(len(base.chat.target_ids(text)) for text in targets))
+    return math.ceil(1.25 * max(base.count_answer(text) for text in targets))
 
 
 # -- answers -------------------------------------------------------------------------------------------
 
 
 def answer(
-    base: "Base",
+    base: "AnyBase",
     conversations: Sequence[Sequence[Message]],
     names: Sequence[str],
     max_new_tokens: int,
@@ -172,7 +175,8 @@ def answer(
     come from the memo).
 
     `names` are row hashes for messages, `compute` the hardware class, on which rounding depends.
-    Raises EvaluationError that names the row whose prompt leaves no room for an answer.
+    Raises EvaluationError that names the row whose prompt leaves no room for an answer, HostedError where a
+    hosted model is asked.
     """
     labels = list(arm.labels or ())
     key = sha256_bytes(
@@ -183,7 +187,7 @@ def answer(
                 "adapter": arm.identity,
                 "conversations": [list(messages) for messages in conversations],
                 "max_new_tokens": max_new_tokens,
-                "compute": compute,
+                "compute": "" if isinstance(base, HostedModel) else compute,
             }
             | ({"labels": labels} if labels else {})
         )
@@ -192,6 +196,50 @@ def answer(
     if store and known:
         lines = (store.open(known[0]) / "answers.jsonl").read_text(encoding="utf-8").split("\n")
         return [Answer(**json.loads(line)) for line in lines if line], None
+    if isinstance(base, HostedModel):
+        answers, seconds = _ask(base, conversations, max_new_tokens, labels, on_progress)
+    else:
+        answers, seconds = _compute(base, conversations, names, max_new_tokens, arm, labels, on_progress)
+    if store:
+        text = "\n".join(json.dumps(vars(a), sort_keys=True, ensure_ascii=False) for a in answers)
+        store.remember(ANSWERS, key, store.publish(ANSWERS, {"answers.jsonl": text.encode()}), {})
+    return answers, seconds
+
+
+def _ask(
+    base: HostedModel,
+    conversations: Sequence[Sequence[Message]],
+    max_new_tokens: int,
+    labels: list[str],
+    on_progress: Callable[[int, int], None] | None,
+) -> tuple[list[Answer], list[float] | None]:
+    if labels:
+        conversations = [
+            [dict(message) for message in asked_for_labels(messages, labels)] for messages in conversations
+        ]
+        max_new_tokens = max(max_new_tokens, *(base.count_answer(label) for label in labels))
+    replies, new = base.answers(conversations, max_new_tokens, on_progress)
+    answers = [
+        Answer(
+            exact_label(reply.text, labels) if labels else reply.text,
+            reply.prompt_tokens,
+            reply.answer_tokens,
+            reply.finish_reason == "stop",
+        )
+        for reply in replies
+    ]
+    return answers, [reply.seconds for reply in replies] if new else None
+
+
+def _compute(
+    base: "Base",
+    conversations: Sequence[Sequence[Message]],
+    names: Sequence[str],
+    max_new_tokens: int,
+    arm: Arm,
+    labels: list[str],
+    on_progress: Callable[[int, int], None] | None,
+) -> tuple[list[Answer], list[float]]:
     prompts = [base.chat.prompt_ids(messages) for messages in conversations]
     choices = [base.chat.target_ids(label) for label in labels]
     max_new_tokens = max(map(len, choices), default=max_new_tokens)
@@ -203,13 +251,8 @@ def answer(
             )
     with base.active(arm.adapter):
         if labels:
-            answers, seconds = _choose(base, prompts, labels, choices)
-        else:
-            answers, seconds = _generate(base, prompts, max_new_tokens, on_progress)
-    if store:
-        text = "\n".join(json.dumps(vars(a), sort_keys=True, ensure_ascii=False) for a in answers)
-        store.remember(ANSWERS, key, store.publish(ANSWERS, {"answers.jsonl": text.encode()}), {})
-    return answers, seconds
+            return _choose(base, prompts, labels, choices)
+        return _generate(base, prompts, max_new_tokens, on_progress)
 
 
 def _generate(
@@ -254,8 +297,10 @@ def evaluated_rows(
     evaluation: EvaluationSpec,
     sampled: Sequence[bool],
     must_pass: Sequence[bool],
+    failed: Mapping[str, str] | None = None,
 ) -> list[Row]:
-    """One line per row: the dicts of rows.jsonl. Raises MetricError that names the row."""
+    """One line per row: the dicts of rows.jsonl. `failed` says of rows that were wrong in production whether
+    they were `trained` on or `held_out`. Raises MetricError that names the row."""
     metrics = evaluation.resolved_metrics()
     scorers = row_scores(metrics, evaluation.task)
     decides = metric_name(metrics[0])
@@ -283,6 +328,7 @@ def evaluated_rows(
                 "cluster": str(row.get(evaluation.cluster)) if evaluation.cluster else None,
                 "must_pass": must_pass[i],
                 "sampled": sampled[i],
+                **({"failed": failed[row["_row"]]} if failed and row["_row"] in failed else {}),
                 "prompt_tokens": found.prompt_tokens,
                 "answer_tokens": found.answer_tokens,
                 "finished": found.finished,
@@ -292,7 +338,7 @@ def evaluated_rows(
 
 
 def evaluate(
-    base: "Base",
+    base: "AnyBase",
     prompt: PromptSpec,
     evaluation: EvaluationSpec,
     rows: Sequence[Mapping[str, Any]],
@@ -300,6 +346,7 @@ def evaluate(
     arms: Sequence[Arm],
     *,
     must_pass: Sequence[Mapping[str, Any]] = (),
+    failures: Sequence[Mapping[str, Any]] = (),
     asked_with: PromptSpec | Mapping[str, Any] | None = None,
     store: ArtifactStore | None = None,
     compute: str = "",
@@ -309,6 +356,7 @@ def evaluate(
 
     `rows` are the selected evaluation rows. `asked_with` is the prompt put to the model when it is not the
     customization's own (a champion was trained on its own); what is expected always follows `prompt`.
+    `failures` are rows of either side of the dataset that were answered wrong in production.
     """
     from ml_assets.engine.prompting import render_target
 
@@ -319,6 +367,11 @@ def evaluate(
     for row in must_pass:  # one that is an evaluation row as well is evaluated once
         key = questions.get(_question(prompt, row), row["_row"])
         required.add(key)
+        chosen.setdefault(key, row)
+    failed: dict[str, str] = {}
+    for row in failures:
+        key = questions.get(_question(prompt, row), row["_row"])
+        failed[key] = "trained" if row["_split"] == "train" else "held_out"
         chosen.setdefault(key, row)
     ordered = [chosen[key] for key in sorted(chosen)]
     if not ordered:
@@ -347,7 +400,7 @@ def evaluate(
             if on_progress
             else None,
         )
-        lines += evaluated_rows(
+        found = evaluated_rows(
             arm.name,
             ordered,
             [messages[-1]["content"] for messages in conversations],
@@ -356,7 +409,14 @@ def evaluate(
             evaluation,
             [row["_row"] in sampled for row in ordered],
             [row["_row"] in required for row in ordered],
+            failed,
         )
+        if isinstance(base, HostedModel):  # its price is the provider's, whatever serving costs here
+            found = [
+                line | {"token_cost": base.cost(line["prompt_tokens"], line["answer_tokens"])}
+                for line in found
+            ]
+        lines += found
     return lines, seconds
 
 
@@ -366,14 +426,16 @@ def _question(prompt: PromptSpec, row: Mapping[str, Any]) -> tuple[str, str]:
     return json.dumps(render_messages(prompt, row)), render_target(prompt, row)
 
 
-def _shown(base: "Base", shots: Examples, messages: Sequence[Message], max_new_tokens: int) -> list[Message]:
+def _shown(
+    base: "AnyBase", shots: Examples, messages: Sequence[Message], max_new_tokens: int
+) -> list[Message]:
     room = base.context_length - max(0, max_new_tokens - shots.answer_tokens)
-    found = shots.before(messages, lambda longer: len(base.chat.prompt_ids(longer)), room)
+    found = shots.before(messages, base.count_prompt, room)
     return [dict(message) for message in found]
 
 
 def fitting_examples(
-    base: "Base",
+    base: "AnyBase",
     prompt: PromptSpec,
     rows: Sequence[Mapping[str, Any]],
     examples: Sequence[Mapping[str, Any]],
@@ -382,7 +444,7 @@ def fitting_examples(
     """As many of the first examples as leave room in the context for every row and its answer."""
     fitting = list(examples)
     while fitting:
-        longest = max(len(base.chat.prompt_ids(build_messages(prompt, row, fitting))) for row in rows)
+        longest = max(base.count_prompt(build_messages(prompt, row, fitting)) for row in rows)
         if longest + max_new_tokens <= base.context_length:
             break
         fitting.pop()

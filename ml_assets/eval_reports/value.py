@@ -18,7 +18,10 @@ def is_refused(answer: str, spec: ValueSpec) -> bool:
 
 
 def token_cost(row: Row, spec: ValueSpec) -> float:
-    """What prompt and answer tokens of one row cost, in `currency`."""
+    """What prompt and answer tokens of one row cost, in `currency`: the price of a hosted base where it
+    answered, else `per_1000_tokens`."""
+    if (price := row.get("token_cost")) is not None:
+        return price
     return (row["prompt_tokens"] + row["answer_tokens"]) * spec.per_1000_tokens / 1000
 
 

@@ -25,6 +25,7 @@ from ml_assets.artifacts import ArtifactRef, ArtifactStore, sha256_bytes
 from ml_assets.endpoints.gateway import keys
 from ml_assets.endpoints.gateway.app import create_app
 from ml_assets.endpoints.ledger import Ledger, Release
+from ml_assets.engine.examples import Examples
 from ml_assets.engine.loading import load_base
 
 ROOT = Path(__file__).parents[2]
@@ -125,6 +126,34 @@ class World:
         revision = base.manifest["revision"]
         return Made(customization, revision, base_ref.digest, ref.digest, answers[0], frozenset(answers))
 
+    def prompted(
+        self, customization: str, examples: list[tuple[str, str]], *, system: str | None = None
+    ) -> Made:
+        """An adapter that has examples instead of weights."""
+        base, base_ref = self.base()
+        context = base.context_length
+        shown = Examples(tuple(examples), 12)
+
+        def tokens(messages: Any) -> int:
+            return len(base.chat.prompt_ids(messages))
+
+        asked = [probe | {"messages": shown.before(probe["messages"], tokens, context)} for probe in PROBES]
+        with_examples, without = measure(base, asked), measure(base, PROBES)
+        manifest = _pins(base) | {
+            "customization": customization,
+            "base_revision": base.manifest["revision"],
+            "kind": "prompt",
+            "prompt": {"system": system, "user": "{text}", "target": "{answer}"},
+            "examples": [list(pair) for pair in examples],
+            "answer_tokens": 12,
+            "fingerprint": make_fingerprint(PROBES, with_examples, without, must_differ=False),
+        }
+        ref = self.store.publish("adapter", {"manifest.json": json.dumps(manifest).encode()})
+        messages = [{"role": "system", "content": system}, *QUESTION] if system else QUESTION
+        answers = _generated(base, base.chat.prompt_ids(shown.before(messages, tokens, context)))
+        revision = base.manifest["revision"]
+        return Made(customization, revision, base_ref.digest, ref.digest, answers[0], frozenset(answers))
+
     def record(self, made: Made, **values: Any) -> Release:
         """What a release writes."""
         release = made.release(**values)
@@ -185,14 +214,17 @@ def _fingerprint(base: Any, directory: Path) -> dict[str, Any]:
 
 
 def _answers(base: Any, directory: Path) -> list[str]:
-    from ml_assets.engine.generation import generate
-
-    prompt = base.chat.prompt_ids(QUESTION)
     base.attach("probe", directory)
     with base.active("probe"):
-        found = [c.text for rows in (1, 2, 3, 4, 8) for c in generate(base, [prompt] * rows, 12)]
+        found = _generated(base, base.chat.prompt_ids(QUESTION))
     base.detach("probe")
     return found
+
+
+def _generated(base: Any, prompt: list[int]) -> list[str]:
+    from ml_assets.engine.generation import generate
+
+    return [c.text for rows in (1, 2, 3, 4, 8) for c in generate(base, [prompt] * rows, 12)]
 
 
 @contextlib.contextmanager

@@ -22,10 +22,10 @@ from ml_assets.engine.prompt_cache import PromptCache
 from ml_assets.engine.training import (
     BadExample,
     Example,
-    _save_adapter,
     learning_rate,
     lora_for_training,
     plan_batches,
+    save_adapter,
     step_loss,
     train_lora,
 )
@@ -88,7 +88,7 @@ def test_loss_and_gradients_equal_padded_peft(architecture: str, shared: bool, t
     with with_lora(base) as weights:
         loss = step_loss(base, rows)
         ours = gradients(weights)
-        _save_adapter(base, base.lora.adapters["default"], targets(base), tmp_path / "adapter")
+        save_adapter(base, base.lora.adapters["default"], targets(base), tmp_path / "adapter")
 
     width = max(map(len, rows))
     ids = torch.full((len(rows), width), base.pad_id)
@@ -130,7 +130,7 @@ def test_activated_lora_equals_peft(architecture: str, memory: int, disk: int, t
         again = PromptCache(base, heads, tmp_path / "cache", memory, disk)  # as another process would
         loss = step_loss(base, rows, again)
         ours = gradients(weights)
-        _save_adapter(base, base.lora.adapters["default"], targets(base), tmp_path / "adapter")
+        save_adapter(base, base.lora.adapters["default"], targets(base), tmp_path / "adapter")
     assert bool(list((tmp_path / "cache").rglob("*.kv"))) == (disk > 0)
 
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)

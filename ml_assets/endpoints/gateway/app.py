@@ -26,6 +26,7 @@ from ml_assets.artifacts import ArtifactStore
 from ml_assets.endpoints.gateway import keys
 from ml_assets.endpoints.gateway.engine import Engine, Generation, Piece, Version
 from ml_assets.endpoints.gateway.errors import ApiError
+from ml_assets.endpoints.gateway.hosted import HostedEngine
 from ml_assets.endpoints.gateway.metrics import Metrics
 from ml_assets.endpoints.gateway.schemas import (
     ActivateRequest,
@@ -70,7 +71,7 @@ BODY_SECONDS = 30.0
 ADAPTER_HEADER = "x-evergreen-adapter"
 BASE_HEADER = "x-evergreen-base"
 RESTORE_SECONDS = 5.0
-"""Between two attempts to serve what has no vLLM server."""
+"""Between two attempts to serve what has no vLLM server, or whose provider is away."""
 
 log = logging.getLogger("evergreen.gateway")
 B = TypeVar("B", bound=BaseModel)
@@ -94,7 +95,8 @@ def create_app(
     requests (None: nothing is stored, and there is no feedback), `limits` are the engine's other ones;
     `app.state.engine` and `app.state.metrics` are for tests.
     """
-    engine = Engine(store, max_queue=max_queue, vllm=vllm, default=engine_name, **limits)
+    hosted = HostedEngine()
+    engine = Engine(store, max_queue=max_queue, vllm=vllm, hosted=hosted, default=engine_name, **limits)
     metrics = Metrics()
     restored = asyncio.Event()
 
@@ -104,6 +106,7 @@ def create_app(
     @contextlib.asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
         engine.start()
+        hosted.start()
         if vllm is not None:
             vllm.start()
         newest = await run_in_threadpool(ledger.newest_all)
@@ -120,6 +123,7 @@ def create_app(
             restoring.cancel()
             if vllm is not None:
                 await vllm.close()
+            await hosted.close()
             await run_in_threadpool(engine.close)
             if traffic is not None:
                 await run_in_threadpool(traffic.close)
@@ -264,7 +268,7 @@ async def _restore(
     engine: Engine, ledger: Ledger, released: dict[str, Release], restored: asyncio.Event
 ) -> None:
     """Serve again what was served: whatever does not verify is left out, loudly, and the rest serves. What
-    has no vLLM server yet is tried again until it has one."""
+    has no vLLM server yet, or whose provider is away, is tried again until it has one."""
     waiting = [name for name, release in released.items() if not await _serve_again(engine, release)]
     restored.set()
     while waiting:
@@ -297,7 +301,7 @@ async def _serve_again(engine: Engine, release: Release) -> bool:
         if engine.unserved.get(name) != error.message:
             log.error("%s is NOT SERVED: %s", name, error.message)
         engine.unserved[name] = error.message
-        return error.code != "no_replica"
+        return error.code not in ("no_replica", "provider_unavailable")
     return True
 
 
@@ -413,30 +417,30 @@ class _Call:
         self._traffic.put(record)
 
     async def _submit(self, version: Version, asked: ChatRequest) -> Generation:
-        messages = version.conversation([message.plain() for message in asked.messages])
         try:
-            prompt = await run_in_threadpool(version.text.encode, messages)
+            put = await run_in_threadpool(version.ask, [message.plain() for message in asked.messages])
         except jinja2.TemplateError as error:
             message = f"messages: the chat template of {version.base_revision} refuses them: {error}"
             raise ApiError(400, "invalid_messages", message, param="messages") from error
         context = version.text.context_length
         limit = min(version.max_prompt_tokens or context, context - 1)
-        if len(prompt) > limit:
-            message = f"messages: {len(prompt)} tokens, {version.customization!r} takes at most {limit}"
+        if put.own > limit:
+            message = f"messages: {put.own} tokens, {version.customization!r} takes at most {limit}"
             raise ApiError(413, "context_length_exceeded", message, param="messages")
         wanted = [asked.max_tokens, asked.max_completion_tokens]
-        limits = [version.max_new_tokens, context - len(prompt)]
+        limits = [version.max_new_tokens, max(1, context - put.tokens)]
         generation = self._engine.submit(
             version,
-            prompt,
+            put.prompt,
             min(n for n in [*wanted, *limits] if n is not None),
             temperature=asked.temperature or 0.0,
             top_p=1.0 if asked.top_p is None else asked.top_p,
             seed=asked.seed,
             stops=asked.stops(),
             seconds=asked.timeout,
+            messages=put.messages,
         )
-        self._prompt_tokens = len(prompt)
+        self._prompt_tokens = put.tokens
         return generation
 
     async def _count(self, generation: Generation) -> AsyncIterator[Piece]:
@@ -445,6 +449,8 @@ class _Call:
                 seconds = self._first_token_seconds = time.monotonic() - self._start
                 self._metrics.first_token_seconds.labels(generation.version.customization).observe(seconds)
             self._tokens = piece.tokens
+            if piece.prompt_tokens is not None:
+                self._prompt_tokens = piece.prompt_tokens
             self._texts.append(piece.text)
             self._finish_reason, self._mean_logprob = piece.finish_reason, piece.mean_logprob
             yield piece

@@ -24,10 +24,13 @@ from ml_assets.artifacts import ArtifactError, ArtifactRef, ArtifactStore
 from ml_assets.endpoints.gateway.errors import ApiError
 from ml_assets.endpoints.gateway.live import KV_BYTES, PREFIX_BYTES, SHARE, Live
 from ml_assets.endpoints.gateway.text import Detokenizer, StopStrings
+from ml_assets.engine.examples import Examples, is_prompted, read_examples
+from ml_assets.engine.hosted import is_hosted
 from ml_assets.settings import EngineName, Settings
 from ml_assets.spec import template_columns
 
 if TYPE_CHECKING:
+    from ml_assets.endpoints.gateway.hosted import HostedEngine
     from ml_assets.endpoints.gateway.vllm import VllmEngine
     from ml_assets.engine.loading import Base
     from ml_assets.engine.prompting import ChatFormat
@@ -61,12 +64,27 @@ class BaseText:
         with self.lock:
             return self.chat.prompt_ids(messages)
 
+    def count(self, messages: Sequence[Mapping[str, str]]) -> int:
+        """Tokens of a conversation. Raises what `encode` raises."""
+        return len(self.encode(messages))
+
 
 @dataclass(eq=False)
 class LoadedBase(BaseText):
     """A base in memory. Only the computing thread touches `base`."""
 
     base: "Base" = field(kw_only=True)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A conversation as the model gets it: `messages`, examples included, and their tokens. `own` counts the
+    tokens without the examples."""
+
+    messages: list[Mapping[str, str]]
+    prompt: list[int]
+    tokens: int
+    own: int
 
 
 @dataclass(eq=False)
@@ -82,6 +100,12 @@ class Version:
     engine: EngineName | None = None
     loaded: BaseText | None = None
     system: str | None = None
+    hosted: bool = False
+    """Whether somebody else computes: then no engine of ours does, whatever `engine` says."""
+    choices: list[str] = field(default_factory=list)
+    """Where a hosted base answers with one of these labels."""
+    examples: Examples = field(default_factory=Examples)
+    """Of an adapter that has them instead of weights."""
     labels: dict[str, list[int]] = field(default_factory=dict)
     """Where it answers by scoring labels: those, with their tokens."""
     fingerprint: dict[str, Any] = field(default_factory=dict)
@@ -127,17 +151,39 @@ class Version:
             return [{"role": "system", "content": self.system}, *messages]
         return list(messages)
 
+    def ask(self, messages: Sequence[Mapping[str, str]]) -> Asked:
+        """What the model gets to read; for any thread. Examples that leave no room for the answer are left
+        out. Raises jinja2.TemplateError when the chat template refuses the messages."""
+        conversation = self.conversation(messages)
+        if self.hosted:
+            own = self.text.count(conversation)
+            conversation = self.shown(conversation)
+            return Asked(conversation, [], self.text.count(conversation), own)
+        prompt = self.text.encode(conversation)
+        own = len(prompt)
+        if self.examples:
+            conversation = self.shown(conversation)
+            prompt = self.text.encode(conversation)
+        return Asked(conversation, prompt, len(prompt), own)
+
+    def shown(self, conversation: Sequence[Mapping[str, str]]) -> list[Mapping[str, str]]:
+        """A conversation, its system message included, with the examples that fit."""
+        if not self.examples:
+            return list(conversation)
+        return self.examples.before(conversation, self.text.count, self.text.context_length)
+
 
 @dataclass(frozen=True)
 class Piece:
     """A part of an answer. `finish_reason` is set in the last one; `tokens` is the count so far,
     `mean_logprob` the mean log-probability of the tokens so far, the one that ends it included (nats; None
-    where the engine does not tell)."""
+    where the engine does not tell), `prompt_tokens` what a hosted base counted, in the last one."""
 
     text: str
     tokens: int
     finish_reason: str | None
     mean_logprob: float | None = None
+    prompt_tokens: int | None = None
 
 
 class Generation:
@@ -155,10 +201,13 @@ class Generation:
         seed: int | None,
         stops: Sequence[str],
         deadline: float = math.inf,
+        messages: Sequence[Mapping[str, str]] = (),
     ):
         self.version = version
         self.deadline = deadline
         self.prompt = list(prompt)
+        self.messages = list(messages)
+        self.stops = list(stops)
         self.max_new_tokens = max_new_tokens
         self.temperature = temperature
         self.top_p = top_p
@@ -167,9 +216,17 @@ class Generation:
         self.finished = False
         self._engine = engine
         tokenizer = version.text.tokenizer
-        self._text = Detokenizer(lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True)))
+        self._said: list[str] = []
+
+        def decode(ids: Sequence[int]) -> str:
+            if version.hosted:  # text comes as text: what is fed is its number
+                return "".join(self._said[i] for i in ids)
+            return str(tokenizer.decode(ids, skip_special_tokens=True))
+
+        self._text = Detokenizer(decode)
         self._stops = StopStrings(stops)
         self._tokens = 0
+        self._prompt_tokens: int | None = None
         self._logprob, self._logprobs = 0.0, 0  # their sum and number
         self._loop = asyncio.get_running_loop()
         self._queue: asyncio.Queue[Piece | BaseException] = asyncio.Queue()
@@ -212,7 +269,17 @@ class Generation:
         self.finished = finish_reason is not None
         if text or self.finished:
             mean = self._logprob / self._logprobs if self._logprobs else None
-            self._post(Piece(text, self._tokens, finish_reason, mean))
+            self._post(Piece(text, self._tokens, finish_reason, mean, self._prompt_tokens))
+
+    def say(self, text: str) -> None:
+        """Take a piece of text of a hosted base."""
+        self._said.append(text)
+        self.feed(len(self._said) - 1, None)
+
+    def end(self, finish_reason: str, prompt_tokens: int, answer_tokens: int) -> None:
+        """Take the end of a hosted base's answer, with the tokens that it counted."""
+        self._prompt_tokens, self._tokens = prompt_tokens, answer_tokens
+        self.feed(None, finish_reason)
 
     def choose(self, label: str, tokens: int, mean_logprob: float) -> None:
         """Take a whole answer."""
@@ -238,8 +305,8 @@ class Engine:
 
     `served` is what answers by customization, `staged` what was loaded and verified beside it, `unserved`
     why a customization of the ledger has no version (`loading`, or the error). Methods are safe to call from
-    any thread. Versions whose engine is `vllm` are kept here, too, and computed by `vllm`; `default` is the
-    engine of those that name none.
+    any thread. Versions whose engine is `vllm` are kept here, too, and computed by `vllm`, those on a hosted
+    base by `hosted`; `default` is the engine of those that name none.
     """
 
     def __init__(
@@ -248,6 +315,7 @@ class Engine:
         *,
         max_queue: int = 64,
         vllm: "VllmEngine | None" = None,
+        hosted: "HostedEngine | None" = None,
         default: EngineName = "in_process",
         request_seconds: float = REQUEST_SECONDS,
         kv_bytes: int = KV_BYTES,
@@ -256,6 +324,7 @@ class Engine:
         self.store = store
         self.max_queue = max_queue
         self.vllm = vllm
+        self.hosted = hosted
         self.default: EngineName = default
         self.request_seconds = request_seconds
         self.kv_bytes, self.prefix_bytes = kv_bytes, prefix_bytes
@@ -273,7 +342,7 @@ class Engine:
         self._closed = False
         self._prepared = threading.Event()
         self._loader = ThreadPoolExecutor(1, thread_name_prefix="load", initializer=self._prepare_loader)
-        self._vllm_loader = ThreadPoolExecutor(1, thread_name_prefix="load-vllm")
+        self._remote_loader = ThreadPoolExecutor(1, thread_name_prefix="load-remote")
         self._thread = threading.Thread(target=self._work, name="compute", daemon=True)
 
     def start(self) -> None:
@@ -284,7 +353,7 @@ class Engine:
         with self._changed:
             self._closed = True
             self._changed.notify_all()
-        for loader in (self._loader, self._vllm_loader):
+        for loader in (self._loader, self._remote_loader):
             loader.shutdown(wait=False, cancel_futures=True)
         self._thread.join(timeout=10)
 
@@ -294,11 +363,14 @@ class Engine:
         """Load `version` beside what serves and verify its fingerprint; it does not serve yet.
 
         Raises ApiError: the artifact is damaged (422), does not fit its base or its name (409), does not
-        answer with its fingerprint (409), no vLLM server of its base answers (503), or, with `give_way`,
-        another version of the customization is served or staged already (409). What serves is not touched.
+        answer with its fingerprint (409), no vLLM server of its base or no provider of it answers (503), or,
+        with `give_way`, another version of the customization is served or staged already (409). What serves
+        is not touched.
         """
         version.engine = version.engine or self.default
-        return await asyncio.wrap_future(self._loader_of(version).submit(self._stage, version, give_way))
+        await asyncio.wrap_future(self._loader_of(version).submit(self._stage, version, give_way))
+        # loaded, it is known who is to be asked
+        return await asyncio.wrap_future(self._loader_of(version).submit(self._prove, version, give_way))
 
     def activate(self, customization: str, adapter_digest: str | None) -> Version | None:
         """From now on the staged version answers new requests; with None, nothing does.
@@ -374,18 +446,22 @@ class Engine:
         seed: int | None = None,
         stops: Sequence[str] = (),
         seconds: float | None = None,
+        messages: Sequence[Mapping[str, str]] = (),
     ) -> Generation:
-        """Queue a request on a leased version. `prompt` and new tokens must fit the base's context. After
-        `seconds`, or the engine's own limit if that is less, it fails with ApiError 504.
+        """Queue a request on a leased version. `prompt` and new tokens must fit the base's context; a hosted
+        base gets the `messages`. After `seconds`, or the engine's own limit if that is less, it fails with
+        ApiError 504.
 
         Raises ApiError 429 when too many requests of this version wait already, 503 when no vLLM server
         has it.
         """
         limit = self.request_seconds if seconds is None else min(seconds, self.request_seconds)
         deadline = time.monotonic() + limit
-        request = Generation(self, version, prompt, max_new_tokens, temperature, top_p, seed, stops, deadline)
-        if version.engine == "vllm":
-            self._remote().submit(request, self.max_queue)
+        request = Generation(
+            self, version, prompt, max_new_tokens, temperature, top_p, seed, stops, deadline, messages
+        )
+        if (remote := self._remote_of(version)) is not None:
+            remote.submit(request, self.max_queue)
             return request
         with self._changed:
             waiting = self._waiting.setdefault(version, deque())
@@ -400,8 +476,8 @@ class Engine:
 
     def cancel(self, request: Generation) -> None:
         """Stop a request; nothing happens when it is done."""
-        if request.version.engine == "vllm":
-            self._remote().cancel(request)
+        if (remote := self._remote_of(request.version)) is not None:
+            remote.cancel(request)
             return
         with self._changed:
             request.cancelled = True
@@ -414,8 +490,9 @@ class Engine:
             lengths = dict.fromkeys(self.served, 0)
             for version, waiting in self._waiting.items():
                 lengths[version.customization] = lengths.get(version.customization, 0) + len(waiting)
-            for version, n in (self.vllm.waiting() if self.vllm else {}).items():
-                lengths[version.customization] = lengths.get(version.customization, 0) + n
+            for remote in (self.vllm, self.hosted):
+                for version, n in (remote.waiting() if remote else {}).items():
+                    lengths[version.customization] = lengths.get(version.customization, 0) + n
             return lengths
 
     def answering(self) -> tuple[dict[str, Version], dict[str, str]]:
@@ -423,7 +500,8 @@ class Engine:
         with self._changed:
             served, unserved = dict(self.served), dict(self.unserved)
         for name, version in list(served.items()):
-            if version.engine == "vllm" and (problem := self._remote().problem(version)):
+            remote = self._remote_of(version)
+            if remote is not None and (problem := remote.problem(version)):
                 unserved[name] = problem
                 del served[name]
         return served, unserved
@@ -431,35 +509,61 @@ class Engine:
     # -- the loading thread ----------------------------------------------------------------------------
 
     def _loader_of(self, version: Version) -> ThreadPoolExecutor:
-        """vLLM has its own: a server that is slow to answer must not hold up what is loaded here."""
-        return self._vllm_loader if version.engine == "vllm" else self._loader
+        """Servers elsewhere have their own: one that is slow to answer must not hold up what is loaded
+        here."""
+        return self._remote_loader if version.hosted or version.engine == "vllm" else self._loader
 
-    def _remote(self) -> "VllmEngine":
+    def _remote_of(self, version: Version) -> "VllmEngine | HostedEngine | None":
+        """Who computes for a version, where this process does not."""
+        if version.hosted:
+            return self._hosted()
+        return self._vllm() if version.engine == "vllm" else None
+
+    def _hosted(self) -> "HostedEngine":
+        if self.hosted is None:
+            raise ApiError(409, "no_hosted", "this gateway asks no hosted models")
+        return self.hosted
+
+    def _vllm(self) -> "VllmEngine":
         if self.vllm is None:
             message = "its engine is vllm, and this gateway knows no server: set EVERGREEN_VLLM_URLS"
             raise ApiError(409, "no_vllm", message)
         return self.vllm
 
-    def _stage(self, version: Version, give_way: bool = False) -> Version:
+    def _stage(self, version: Version, give_way: bool = False) -> None:
+        """Load, so that the version could answer."""
         name = version.customization
         if give_way and (name in self.served or name in self.staged):
             raise ApiError(409, "overtaken", f"{name}: another version is served or staged")
         self.discard(name)
         with self._changed:
             self._alive.add(version)
-        try:
+        with self._retired_on_error(version):
             self._load(version)
+
+    def _prove(self, version: Version, give_way: bool = False) -> Version:
+        """Let a loaded version answer its probes; it is staged if it is what it should be."""
+        name = version.customization
+        with self._retired_on_error(version):
             self._measure(version)
             _verify_fingerprint(version)
+            with self._changed:
+                if give_way and (name in self.served or name in self.staged):
+                    raise ApiError(409, "overtaken", f"{name}: another version is served or staged")
+                self._retire(self.staged.pop(name, None))
+                self.staged[name] = version
+        return version
+
+    @contextlib.contextmanager
+    def _retired_on_error(self, version: Version) -> Iterator[None]:
+        try:
+            yield
         except BaseException as error:
             with self._changed:
                 self._retire(version)
             if isinstance(error, ApiError) or not isinstance(error, Exception):
                 raise
             raise _as_api_error(error) from error
-        with self._changed:
-            self.staged[version.customization] = version
-        return version
 
     def _load(self, version: Version) -> None:
         self._compute(lambda: None)  # the process is prepared once the computing thread answers
@@ -475,20 +579,27 @@ class Engine:
             if manifest.get(name) != expected:
                 message = f"adapter {version.adapter_digest[:12]}: {name} is {manifest.get(name)!r}, "
                 raise ApiError(409, "incompatible_adapter", f"{message}expected {expected!r}")
-        revision = read_json(base / "manifest.json").get("revision")
+        base_manifest = read_json(base / "manifest.json")
+        revision = base_manifest.get("revision")
         if revision != version.base_revision:
             message = f"base {version.base_digest[:12]}: revision is {revision!r}, "
             raise ApiError(409, "incompatible_adapter", f"{message}expected {version.base_revision!r}")
         version.fingerprint = _checked_fingerprint(manifest, adapter)
+        version.examples = read_examples(adapter, manifest)
         system = (manifest.get("prompt") or {}).get("system")
         version.system = system if system and not template_columns(system) else None
+        version.hosted = is_hosted(base_manifest)
+        if version.hosted:
+            version.choices = manifest["labels"] if manifest.get("answer_by") == "label_scores" else []
+            self._hosted().load(version, manifest, base_manifest)
+            return
         if version.engine == "vllm":
             if manifest.get("answer_by") == "label_scores":
                 message = (
                     f"adapter {version.adapter_digest[:12]} answers by label scores, which vllm does not; "
                 )
                 raise ApiError(409, "incompatible_adapter", f"{message}use endpoint.engine in_process")
-            self._remote().load(version, adapter, base)
+            self._vllm().load(version, adapter, base)
             return
         version.loaded = loaded = self._loaded_base(version.base_digest, base)
         if manifest.get("answer_by") == "label_scores":
@@ -521,8 +632,8 @@ class Engine:
 
     def _measure(self, version: Version) -> None:
         """Measure the fingerprint probe by probe, so that answers under way go on in between."""
-        if version.engine == "vllm":
-            version.measured = self._remote().measure(version)
+        if (remote := self._remote_of(version)) is not None:
+            version.measured = remote.measure(version)
             return
         from ml_assets.adapters.fingerprint import measure
 
@@ -534,7 +645,8 @@ class Engine:
 
         measured: dict[str, list[float]] = {"with": [], "without": []}
         for probe in version.fingerprint["probes"]:
-            measured["with"].append(self._compute(lambda probe=probe: one(probe, name)))
+            shown = probe | {"messages": version.shown(probe["messages"])}
+            measured["with"].append(self._compute(lambda probe=shown: one(probe, name)))
             measured["without"].append(self._compute(lambda probe=probe: one(probe, None)))
         version.measured = measured
 
@@ -608,6 +720,8 @@ class Engine:
             base.insert(version.adapter_digest, read)
 
     def _detach(self, version: Version) -> None:
+        if version.hosted:
+            return
         if version.engine == "vllm":
             with self._changed:
                 self._waiting.pop(version, None)
@@ -780,7 +894,7 @@ def _checked_fingerprint(manifest: Mapping[str, Any], directory: Path) -> dict[s
     try:
         fingerprint = manifest["fingerprint"]
         effect = max(abs(probe["with"] - probe["without"]) for probe in fingerprint["probes"])
-        if not effect > 2 * fingerprint["tolerance"]:
+        if not effect > 2 * fingerprint["tolerance"] and not is_prompted(manifest):
             message = f"fingerprint: no probe tells the adapter from its base (largest effect {effect})"
             raise ArtifactError(f"{path}: {message}")
         return fingerprint

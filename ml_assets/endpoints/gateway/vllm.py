@@ -28,6 +28,7 @@ import httpx
 from ml_assets.artifacts import read_json
 from ml_assets.endpoints.gateway.engine import BaseText, Generation, Version
 from ml_assets.endpoints.gateway.errors import ApiError
+from ml_assets.engine.examples import is_prompted
 
 LOAD_SECONDS = 600.0
 """For loading and for the first probes: a server compiles kernels when it is first asked."""
@@ -85,16 +86,24 @@ class Replica:
 
 @dataclass(eq=False)
 class _Adapter:
-    """What replicas of `base` should hold under `name`; `probes` are token ids of (prompt, answer). It is
-    `watched`, loaded again where it is missing, once it was loaded and measured for the first time."""
+    """What replicas of `base` should hold under `name`; `probes` are token ids of (prompt with the adapter's
+    examples, prompt, answer). It is `watched`, loaded again where it is missing, once it was loaded and
+    measured for the first time. One without weights (`bare`) is the base, asked with examples: there is
+    nothing to load."""
 
     name: str
     base: str
     path: Path
     version: Version
-    probes: list[tuple[list[int], list[int]]]
+    probes: list[tuple[list[int], list[int], list[int]]]
     users: set[Version]
+    bare: bool = False
     watched: bool = False
+
+    @property
+    def model(self) -> str:
+        """What a replica is asked for."""
+        return self.base if self.bare else self.name
 
 
 @dataclass(eq=False)
@@ -152,7 +161,9 @@ class VllmEngine:
         Raises ApiError: not an adapter for vLLM or for this base, or a replica refuses it (409); no replica
         of this base answers (503).
         """
-        config, manifest = read_json(adapter / "adapter_config.json"), read_json(adapter / "manifest.json")
+        manifest = read_json(adapter / "manifest.json")
+        bare = is_prompted(manifest)
+        config = {} if bare else read_json(adapter / "adapter_config.json")
         if config.get("alora_invocation_tokens"):
             raise ApiError(
                 409,
@@ -160,13 +171,17 @@ class VllmEngine:
                 f"adapter {version.adapter_digest[:12]} is an activated LoRA, vLLM serves exact LoRA only: "
                 "train with adapter.kind lora, or serve with endpoint.engine in_process",
             )
-        text = self._text(version.base_digest, base, manifest)
+        version.loaded = text = self._text(version.base_digest, base, manifest)
         probes = [
-            (text.encode(probe["messages"]), text.chat.target_ids(probe["answer"]))
+            (
+                text.encode(version.shown(probe["messages"])),
+                text.encode(probe["messages"]),
+                text.chat.target_ids(probe["answer"]),
+            )
             for probe in version.fingerprint["probes"]
         ]
         name = adapter_name(version)
-        record = _Adapter(name, version.base_revision, adapter.absolute(), version, probes, {version})
+        record = _Adapter(name, version.base_revision, adapter.absolute(), version, probes, {version}, bare)
         context = self._call(self._load(record))
         version.loaded = BaseText(
             text.digest, text.chat, text.tokenizer, min(text.context_length, context), text.lock
@@ -270,6 +285,9 @@ class VllmEngine:
         del self._adapters[adapter.name]
         for replica in self.replicas:
             replica.ready.discard(adapter.name)
+            if adapter.bare:
+                replica.loaded.discard(adapter.name)
+                continue
             replica.garbage.add(adapter.name)
             replica.wake.set()
 
@@ -344,7 +362,8 @@ class VllmEngine:
                 for names in (replica.loaded, replica.ready, replica.bare):
                     names.clear()
             replica.up, replica.problem, replica.misses, replica.bases = True, "", 0, bases
-            self._missing(replica, loaded - adapters)
+            bare = {name for name, one in self._adapters.items() if one.bare}
+            self._missing(replica, loaded - adapters - bare)
         finally:
             replica.looked_at = time.monotonic()
 
@@ -375,7 +394,8 @@ class VllmEngine:
                 await self._put(replica, adapter)
                 if not adapter.version.fits(measured := await self._verify(replica, adapter)):
                     async with replica.lock:
-                        await self._unload(replica, adapter.name)
+                        if not adapter.bare:
+                            await self._unload(replica, adapter.name)
                     expected = adapter.version.fingerprint["probes"]
                     raise Refused(f"not its fingerprint: expected {expected}, measured {measured}")
                 log.info("vLLM at %s answers as %s", replica.url, adapter.name)
@@ -390,6 +410,9 @@ class VllmEngine:
         async with replica.lock:
             life = replica.life
             if adapter.name in replica.loaded:
+                return
+            if adapter.bare:
+                replica.loaded.add(adapter.name)
                 return
             replica.garbage.discard(adapter.name)
             listed = await self._ask(replica, "GET", "/v1/models")
@@ -427,8 +450,8 @@ class VllmEngine:
         life = replica.life
         measured: dict[str, list[float]] = {"with": [], "without": []}
         try:
-            for prompt, answer in adapter.probes:
-                measured["with"].append(await self._mean_logprob(replica, adapter.name, prompt, answer))
+            for shown, prompt, answer in adapter.probes:
+                measured["with"].append(await self._mean_logprob(replica, adapter.model, shown, answer))
                 probe = adapter.base, (*prompt, *answer)
                 if probe not in replica.bare:  # a server's base does not change while it lives
                     value = await self._mean_logprob(replica, adapter.base, prompt, answer)
@@ -626,7 +649,7 @@ class VllmEngine:
         stops = request.version.text.chat.stop_ids
         # all that changes an answer is said: a model's generation_config.json is vLLM's default for the rest
         body = {
-            "model": name,
+            "model": self._adapters[name].model if name in self._adapters else name,
             "prompt": request.prompt,
             "max_tokens": request.max_new_tokens,
             "temperature": request.temperature,

@@ -1,0 +1,258 @@
+"""The port ladder on tiny bases: every rung has its reason, nothing is done twice, a kill costs nothing."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ladder_world import World, specification
+
+from ml_assets.adapters import ladder as ladder_module
+from ml_assets.adapters.ladder import Climbed, NotCarried, known_climb, trained_before
+from ml_assets.adapters.port import Port
+from ml_assets.adapters.reproduce import compare, reproduce_inputs
+from ml_assets.adapters.rungs import Climb, RungResult
+from ml_assets.adapters.train import open_inputs, train_adapter
+from ml_assets.artifacts import ArtifactRef, read_json
+from ml_assets.eval_reports.build import Champion, build_report, with_climb
+from ml_assets.spec import CustomizationSpec
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    return World(tmp_path_factory.mktemp("ladder"))
+
+
+def rung(climbed: Climbed, name: str) -> RungResult:
+    return next(result for result in climbed.climb.rungs if result.rung == name)
+
+
+def manifest_of(world: World, digest: str | None) -> dict[str, Any]:
+    assert digest is not None
+    return read_json(world.store.open(ArtifactRef("adapter", digest)) / "manifest.json")
+
+
+def test_a_minor_revision_takes_a_copy(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    climbed = world.climb("minor")
+    bare, copied = climbed.climb.rungs
+    assert (bare.verdict, bare.looks, bare.candidate) == ("not shown", 0, None)
+    assert "validation rows" in bare.reason
+    assert (copied.verdict, copied.looks) == ("promote", 4), "copy, tune, distil and full may look"
+    assert copied.start in ("copy", "rescaled copy") and copied.steps == 0
+    manifest = manifest_of(world, climbed.adapter.ref.digest)
+    assert (manifest["rung"], manifest["parent"]) == ("copy", climbed.climb.champion_digest)
+    assert climbed.climb.full_seconds and climbed.climb.saved is not None
+    assert climbed.climb.seconds == pytest.approx(climbed.seconds, abs=0.5), "what was spent is in the rungs"
+
+    for name in ("train_adapter", "build_report", "publish_prompted", "find_starts"):
+        monkeypatch.setattr(ladder_module, name, lambda *_, **__: pytest.fail("climbed again"))
+    again = world.climb("minor")
+    assert again.climb == climbed.climb and again.seconds == 0.0
+    assert again.adapter.ref == climbed.adapter.ref and again.adapter.reused
+
+
+def test_the_report_is_that_of_the_look(world: World) -> None:
+    spec = specification()
+    climbed = world.climb("minor", spec)
+    champion = Champion(world.champion(spec).ref, world.base("old"))
+    place: dict[str, Any] = {"base_model": world.base("minor"), "dataset": world.dataset}
+    found = known_climb(spec, world.home, world.store, world.home, champion=champion, **place)
+    assert found is not None and found == climbed.climb
+    look = found.of(climbed.adapter.ref.digest)
+    assert look is not None
+
+    def report(champion: Champion, looks: int) -> Any:
+        return build_report(
+            spec,
+            world.home,
+            world.store,
+            world.home,
+            adapter=climbed.adapter.ref,
+            champion=champion,
+            looks=looks,
+            **place,
+        )
+
+    built = report(champion, look.looks)
+    assert built.reused and built.ref.digest == look.report_digest
+    shown = with_climb(built, found, spec, world.home, world.store, world.home)
+    assert shown.decision == built.decision
+    assert shown.decision["alpha"] == pytest.approx(0.05 / 4)
+    assert "one of 4 looks" in " ".join(shown.decision["notes"])
+    page = (shown.directory / "report.html").read_text()
+    assert "How was it carried over" in page and "not shown" in page and "not shown" in shown.markdown
+    serving = report(Champion(climbed.adapter.ref, None), 1)
+    assert serving.ref == shown.ref, "once it serves, it keeps the report that made it so"
+
+
+def test_a_removed_layer_is_matched_by_weights(world: World) -> None:
+    climbed = world.climb("shallow", specification(["copy", "full"]))
+    copied = rung(climbed, "copy")
+    assert copied.start in ("layer copy", "rescaled layer copy")
+    assert copied.adapter_digest is not None, "good enough by its loss to be made"
+
+
+def test_a_copy_worse_than_none_is_not_shown(world: World) -> None:
+    climbed = world.climb("unlike", specification(["copy", "full"]))
+    copied, full = climbed.climb.rungs
+    assert copied.verdict == "not shown" and copied.adapter_digest is None
+    assert "worse than no adapter" in copied.reason or "% of what the champion gains" in copied.reason
+    assert full.looks == 1, "what is settled before the first look takes no share of alpha"
+    assert climbed.climb.full_from == "measured" and climbed.adapter.ref.digest == full.adapter_digest
+    spent, full_cost = climbed.climb.seconds, climbed.climb.full_seconds
+    assert full_cost is not None and climbed.climb.saved == pytest.approx(1 - spent / full_cost)
+    assert (climbed.climb.saved or 0) < 0, "a climb that ends in a full training costs more than one"
+
+
+def test_other_sizes_start_from_a_mapped_adapter_or_none(world: World) -> None:
+    climbed = world.climb("wide", specification(["copy", "tune"]))
+    copied, tuned = climbed.climb.rungs
+    assert copied.start == "mapped" and copied.verdict in ("not shown", "reject", "undecided", "promote")
+    assert tuned.start in ("mapped", "scratch")
+    port = manifest_of(world, tuned.adapter_digest)["port"]
+    assert port["start"] == tuned.start and port["parent_base"] == world.base("old").digest
+    assert 0 < tuned.steps <= 0.2 * 60
+
+
+def test_another_tokenizer_goes_to_the_full_training(world: World) -> None:
+    climbed = world.climb("foreign")
+    assert [result.rung for result in climbed.climb.rungs] == ["bare", "copy", "tune", "distil", "full"]
+    for name in ("copy", "tune", "distil"):
+        assert rung(climbed, name).verdict == "skipped" and "another tokenizer" in rung(climbed, name).reason
+        assert rung(climbed, name).adapter_digest is None
+    assert rung(climbed, "full").looks == 1
+    assert climbed.adapter.ref.digest == rung(climbed, "full").adapter_digest, "the best there is"
+
+
+def test_tune_and_distil_reproduce(world: World) -> None:
+    """With a gate that nothing passes, every rung is tried; each gives the same bytes again."""
+    strict = {"margin": 0.001, "max_forgetting": 1e-9}
+    spec = specification(["tune", "distil"], gate=strict, max_rows=None)
+    climbed = world.climb("minor", spec)
+    tuned, distilled = climbed.climb.rungs
+    assert tuned.verdict != "promote" and distilled.verdict != "promote"
+    assert distilled.start == "tune"
+    assert manifest_of(world, distilled.adapter_digest)["port"]["warm"] == tuned.adapter_digest
+    best = max((tuned, distilled), key=lambda result: result.candidate or 0.0)
+    assert climbed.adapter.ref.digest == best.adapter_digest
+    for result in (tuned, distilled):
+        assert result.adapter_digest is not None
+        ref = ArtifactRef("adapter", result.adapter_digest)
+        inputs, _ = reproduce_inputs(spec, world.store, ref, world.base("minor"))
+        again = train_adapter(inputs, world.store, world.home, reuse=False)
+        assert all(compare(world.store.open(ref), world.store.open(again.ref)).values())
+        assert again.ref == ref, "the manifest as well"
+
+
+def test_a_teacher_with_other_tokens_teaches_by_its_answers(world: World) -> None:
+    spec = specification()
+    inputs = open_inputs(spec, world.store, world.base("foreign"), world.dataset)
+    port = Port("distil", "scratch", world.champion(spec).ref, world.base("old"), 0.2, 0.1)
+    trained = train_adapter(dataclasses.replace(inputs, port=port), world.store, world.home)
+    manifest = manifest_of(world, trained.ref.digest)
+    assert manifest["rung"] == "distil" and manifest["port"]["rows"] > 0
+
+
+def test_without_any_adapter_it_says_why(world: World) -> None:
+    with pytest.raises(NotCarried, match=r"copy: another tokenizer"):
+        world.climb("foreign", specification(["copy"]))
+
+
+def test_what_was_worth_no_look_is_shown_when_nothing_else_is_there(world: World) -> None:
+    climbed = world.climb("unlike", specification(["bare"]))
+    (bare,) = climbed.climb.rungs
+    assert bare.looks == 1 and bare.verdict in ("reject", "undecided")
+    assert climbed.adapter.ref.digest == bare.adapter_digest
+
+
+def test_a_full_training_of_before_is_known(world: World) -> None:
+    spec = specification()
+    inputs = open_inputs(spec, world.store, world.base("other"), world.dataset)
+    assert trained_before(inputs, world.store, "lora") is None
+    trained = train_adapter(inputs, world.store, world.home)
+    found = trained_before(inputs, world.store, "lora")
+    assert found is not None and found.ref == trained.ref
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"rungs": ["copy"]},
+        {"recipe": {"learning_rate": 0.02}},
+        {"few_shot": 1},
+    ],
+)
+def test_other_inputs_climb_again(world: World, change: dict[str, Any]) -> None:
+    champion = Champion(ArtifactRef("adapter", "a" * 64), ArtifactRef("base_model", "b" * 64))
+
+    def key(spec: CustomizationSpec) -> str:
+        arguments = (world.home, world.home, ArtifactRef("base_model", "c" * 64), world.dataset, champion)
+        return ladder_module.climb_key(spec, *arguments)
+
+    assert key(specification()) == key(specification())
+    assert key(specification()) != key(specification(**change))
+
+
+def test_a_climb_survives_its_journey_through_json() -> None:
+    result = RungResult("tune", "copy", "undecided", "needs rows", "a" * 64, looks=3, training_seconds=1.5)
+    climb = Climb("k" * 64, "c", "r", "d", "e", "f", (result,), full_seconds=6.0)
+    assert Climb.from_json(json.loads(json.dumps(dataclasses.asdict(climb)))) == climb
+    assert climb.saved == 0.75 and "run_id" not in climb.table()
+
+
+# -- kills ---------------------------------------------------------------------------------------------
+
+PROGRAM = Path(__file__).with_name("ladder_world.py")
+
+
+def run_until(home: Path, base: str, stop: str | None) -> tuple[list[str], dict[str, Any] | None]:
+    """The program's lines; killed at the first that begins with `stop`."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "EVERGREEN_THREADS": "1"}
+    process = subprocess.Popen(
+        [sys.executable, str(PROGRAM), str(home), base],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        env=environment,
+    )
+    assert process.stdout is not None
+    lines = []
+    try:
+        for line in process.stdout:
+            lines.append(line.strip())
+            if stop and line.startswith(stop):
+                process.send_signal(signal.SIGKILL)
+                break
+        process.wait(timeout=300)
+    finally:
+        process.kill()
+    return lines, json.loads(lines[-1]) if stop is None else None
+
+
+@pytest.mark.slow
+def test_a_killed_climb_goes_on_and_repeats_no_training(tmp_path: Path) -> None:
+    whole, expected = run_until(tmp_path / "whole", "unlike", None)
+    steps = [line for line in whole if line.startswith("step")]
+    home = tmp_path / "killed"
+    seen: list[str] = []
+    # in the champion's rungs: after the first decision, in the tune, after it, and in the full training
+    for stop in ("rung switches, bare", "step 3", "rung switches, tune", "step 25"):
+        lines, _ = run_until(home, "unlike", stop)
+        seen += lines
+    lines, found = run_until(home, "unlike", None)
+    seen += lines
+    assert found is not None and expected is not None
+
+    def what(climb: dict[str, Any]) -> list[Any]:
+        return [
+            (r["rung"], r["start"], r["verdict"], r["adapter_digest"], r["looks"]) for r in climb["rungs"]
+        ]
+
+    assert what(found) == what(expected), "the same bytes, the same verdicts"
+    repeated = len([line for line in seen if line.startswith("step")]) - len(steps)
+    assert repeated <= 4, "a kill costs the step under way"
