@@ -269,7 +269,7 @@ def table_rows(page: Page) -> list[dict[str, str | float]]:
             "rung": line.rung,
             "saving S": cell(line.saved),
             "negative flips": cell(line.negative_flips),
-            "why": line.why,
+            "why": line.why if len(line.why) <= 120 else f"{line.why[:117]}...",
         }
         for line in page.lines
     ]
