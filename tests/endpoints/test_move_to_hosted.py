@@ -147,12 +147,14 @@ def test_there_and_back(project: Project) -> None:
     assert project.ask("off") == ("off", own)
 
     result = project.materialize(steps, hosted)
-    metadata = result.asset_materializations_for_node("lights__adapter")[0].metadata
+    metadata: Any = result.asset_materializations_for_node("lights__adapter")[0].metadata
     assert metadata["kind"].value == "prompt"
     assert metadata["requests"].value > 0 and metadata["money"].value > 0
     assert verdict(result) == "promote"
     [report] = result.asset_materializations_for_node("lights__eval_report")
-    value = {arm: report.metadata[f"{arm}_value_per_1000"].value for arm in ("champion", "adapter")}
+    value: dict[str, Any] = {
+        arm: report.metadata[f"{arm}_value_per_1000"].value for arm in ("champion", "adapter")
+    }
     assert value["champion"] > value["adapter"], "the provider's price counts"
     assert project.ask("off")[1] == own, "nothing moves by itself here"
     project.materialize(["lights/endpoint"])
