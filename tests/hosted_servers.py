@@ -8,7 +8,7 @@ import re
 import socket
 import threading
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from typing import Any
 
 import uvicorn
@@ -160,7 +160,7 @@ class Copycat:
             self.open -= 1
 
 
-def answer_of(messages: list[dict[str, str]]) -> str:
+def answer_of(messages: Sequence[Mapping[str, str]]) -> str:
     question = words_of(messages[-1]["content"])
     best, answer = 0, "unsure"
     for asked, answered in itertools.pairwise(messages):
@@ -175,7 +175,7 @@ def words_of(text: str) -> set[str]:
     return set(re.findall(r"\w+", text.lower()))
 
 
-def tokens_of(messages: list[dict[str, str]]) -> int:
+def tokens_of(messages: Sequence[Mapping[str, str]]) -> int:
     return sum(3 + len(message["content"].split()) for message in messages)
 
 

@@ -17,6 +17,7 @@ from ml_assets.spec import (
     CustomizationSpec,
     EvaluationSpec,
     GateSpec,
+    HostedBase,
     SqlSource,
     template_columns,
     without_password,
@@ -123,3 +124,21 @@ def test_the_reference_page_is_up_to_date_and_complete() -> None:
     assert len(lines) > 60
     undocumented = [line for line in lines if line.endswith("|  |") and not line.startswith("| `kind`")]
     assert undocumented == []
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ({"url": "api.example.com"}, "expected an http or https URL"),
+        ({"url": "https://me:secret@api.example.com/v1"}, "without user, password and parameters"),
+        ({"url": "https://api.example.com/v1?key=secret"}, "without user, password and parameters"),
+        ({"key": "sk-0123"}, "String should match pattern"),
+        ({"model": ""}, "at least 1 character"),
+        ({"per_1000_prompt_tokens": -1}, "greater than or equal to 0"),
+    ],
+)
+def test_a_hosted_base_says_where_and_never_the_key(source: dict[str, Any], message: str) -> None:
+    whole = {"kind": "hosted", "url": "https://api.example.com/v1/", "model": "m", "revision": "1"}
+    assert HostedBase.model_validate(whole).url == "https://api.example.com/v1"
+    with pytest.raises(ValidationError, match=message):
+        HostedBase.model_validate(whole | source)

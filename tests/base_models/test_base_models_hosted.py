@@ -173,7 +173,7 @@ def test_materialized_as_any_base_model(provider: Copycat, evergreen_home: Path)
             resources={
                 "artifact_store": artifacts,
                 "base_model_hub": BaseModelHub(),
-                "io_manager": ArtifactRefIOManager(store=artifacts),
+                "io_manager": ArtifactRefIOManager(root=str(evergreen_home / "refs")),
             },
             raise_on_error=False,
         )

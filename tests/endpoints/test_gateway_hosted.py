@@ -280,6 +280,37 @@ def test_nearest_examples_and_labels(site: Site) -> None:
     assert asked[-2]["content"] == "radio"
 
 
+def test_our_own_gateway_is_a_provider(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Adapters that another team serves with this program are hosted bases here."""
+    theirs = site.world.adapter("theirs", 1)
+    site.admin.stage(theirs.release())
+    site.world.record(theirs)
+    site.admin.activate("theirs", theirs.digest)
+    monkeypatch.setenv("OUR_KEY", site.world.key)
+    one, asked = EXAMPLES[:1], [SYSTEM, *put_before(QUESTION, EXAMPLES[:1])]
+
+    def counted(messages: list[Any]) -> int:
+        return len(site.world.base()[0].chat.prompt_ids(messages))
+
+    release = publish(
+        site.world,
+        site.provider,
+        Examples(tuple(one), 12),
+        customization="ours",
+        counted=counted,
+        url=f"{site.url}/v1",
+        model="theirs",
+        key="OUR_KEY",
+    )
+    assert site.admin.stage(release).with_adapter == (float(counted(asked)),)
+    record(site.world, release)
+    site.admin.activate("ours", release.adapter_digest)
+    direct = site.chat(model="theirs", messages=asked, max_tokens=12).json()
+    through = site.client.chat.completions.create(model="ours", messages=QUESTION, stream=True)
+    said = "".join(chunk.choices[0].delta.content or "" for chunk in through)
+    assert said == direct["choices"][0]["message"]["content"] != ""
+
+
 def test_without_its_key_it_is_not_served(
     site: Site, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
 ) -> None:

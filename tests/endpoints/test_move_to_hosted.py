@@ -30,14 +30,13 @@ from resources.gateway import GatewayResource
 from resources.ledger import LedgerResource
 from resources.mlflow_tracking import MlflowTracking
 
-THINGS = ["lamp", "door", "radio", "oven", "fan"]
 SPEC = CustomizationSpec.model_validate(
     {
-        "name": "things",
+        "name": "lights",
         "source": {"kind": "jsonl", "path": "rows.jsonl"},
-        "prompt": {"user": "{said}", "target": "{thing}"},
+        "prompt": {"user": "{said}", "target": "{meant}"},
         "base_models": ["tiny", "copycat"],
-        "adapter": {"rank": 16, "steps": 100, "batch_tokens": 512, "learning_rate": 0.01},
+        "adapter": {"rank": 16, "steps": 80, "batch_tokens": 512, "learning_rate": 0.01},
         "examples": {"count": 2, "validation_rows": 8, "max_requests": 60},
         "evaluation": {
             "task": "classification",
@@ -75,7 +74,7 @@ class Project:
         }
         self.dataset_ref = self._dataset()
 
-        @dg.asset(key=["things", "dataset"])
+        @dg.asset(key=["lights", "dataset"])
         def dataset() -> ArtifactRef:
             return self.dataset_ref
 
@@ -88,13 +87,14 @@ class Project:
         ]
 
     def _dataset(self) -> ArtifactRef:
-        rows = [{"said": f"switch the {THINGS[i % 5]} {i}", "thing": THINGS[i % 5]} for i in range(75)]
+        verbs = [("on", "off")[i % 2] for i in range(96)]
+        rows = [{"said": f"turn {verb} light {i // 2}", "meant": verb} for i, verb in enumerate(verbs)]
         for i, row in enumerate(rows):
-            row |= {"_row": sha256_bytes(str(i).encode()), "_split": "train" if i >= 25 else "evaluation"}
+            row |= {"_row": sha256_bytes(str(i).encode()), "_split": "train" if i < 48 else "evaluation"}
         rows.sort(key=lambda row: row["_row"])
         with self.world.store.staging("dataset") as directory:
             pq.write_table(pa.Table.from_pylist(rows), directory / "rows.parquet")
-            manifest = {"rows": {"train": 50, "evaluation": 25}, "source_version": "1"}
+            manifest = {"rows": {"train": 48, "evaluation": 48}, "source_version": "1"}
             (directory / "manifest.json").write_text(json.dumps(manifest))
             return self.world.store.publish_directory("dataset", directory)
 
@@ -112,11 +112,11 @@ class Project:
             resources=self.resources,
         )
 
-    def ask(self, thing: str) -> tuple[str, str]:
+    def ask(self, verb: str) -> tuple[str, str]:
         response = httpx.post(
             f"{self.url}/v1/chat/completions",
             headers={"Authorization": f"Bearer {self.world.key}"},
-            json={"model": "things", "messages": [{"role": "user", "content": f"switch the {thing} 3"}]},
+            json={"model": "lights", "messages": [{"role": "user", "content": f"turn {verb} light 50"}]},
             timeout=60,
         )
         answer = response.json()["choices"][0]["message"]["content"]
@@ -136,46 +136,53 @@ def project(tmp_path: Path, evergreen_home: Path, monkeypatch: pytest.MonkeyPatc
         yield Project(world, url, provider, instance)
 
 
+@pytest.mark.slow
 def test_there_and_back(project: Project) -> None:
     own, hosted = project.revision(0), project.revision(1)
-    project.materialize(["things/dataset"])
-    steps = ["base_model", "things/adapter", "things/eval_report"]
+    project.materialize(["lights/dataset"])
+    steps = ["base_model", "lights/adapter", "lights/eval_report"]
     result = project.materialize(steps, own)
-    assert verdict(result) == "promote"
-    project.materialize(["things/endpoint"])
-    assert project.ask("radio") == ("radio", own)
+    assert verdict(result) == "promote", summary(result)
+    project.materialize(["lights/endpoint"])
+    assert project.ask("off") == ("off", own)
 
     result = project.materialize(steps, hosted)
-    metadata = result.asset_materializations_for_node("things__adapter")[0].metadata
+    metadata: Any = result.asset_materializations_for_node("lights__adapter")[0].metadata
     assert metadata["kind"].value == "prompt"
     assert metadata["requests"].value > 0 and metadata["money"].value > 0
     assert verdict(result) == "promote"
-    [report] = result.asset_materializations_for_node("things__eval_report")
-    assert (
-        report.metadata["champion_value_per_1000"].value > report.metadata["adapter_value_per_1000"].value
-    ), "the provider's price counts"
-    assert project.ask("radio")[1] == own, "nothing moves by itself here"
-    project.materialize(["things/endpoint"])
+    [report] = result.asset_materializations_for_node("lights__eval_report")
+    value: dict[str, Any] = {
+        arm: report.metadata[f"{arm}_value_per_1000"].value for arm in ("champion", "adapter")
+    }
+    assert value["champion"] > value["adapter"], "the provider's price counts"
+    assert project.ask("off")[1] == own, "nothing moves by itself here"
+    project.materialize(["lights/endpoint"])
     before = project.provider.chats
-    assert project.ask("radio") == ("radio", hosted)
+    assert project.ask("off") == ("off", hosted)
     assert project.provider.chats == before + 1
 
     asked = project.provider.chats
-    assert verdict(project.materialize(["things/eval_report"], own)) == "promote"
+    assert verdict(project.materialize(["lights/eval_report"], own)) == "promote"
     assert project.provider.chats == asked, "its answers were paid for already"
-    project.materialize(["things/endpoint"])
-    assert project.ask("radio") == ("radio", own)
+    project.materialize(["lights/endpoint"])
+    assert project.ask("off") == ("off", own)
 
-    actions = [(row.action, row.base_revision) for row in project.world.ledger.history("things", 10)]
+    actions = [(row.action, row.base_revision) for row in project.world.ledger.history("lights", 10)]
     assert actions == [("release", own), ("release", hosted), ("release", own)]
     spent: list[Any] = []
     with project.resources["ledger"].decisions() as book:  # type: ignore[union-attr]
-        spent = [cost for cost in book.costs("things") if cost.partition == hosted]
+        spent = [cost for cost in book.costs("lights") if cost.partition == hosted]
     assert {cost.kind for cost in spent} == {"training", "evaluation"} and all(c.money > 0 for c in spent)
     files = [path for path in project.world.home.rglob("*") if path.is_file()]
     assert not any(KEY.encode() in path.read_bytes() for path in files)
 
 
+def summary(result: dg.ExecuteInProcessResult) -> Any:
+    [event] = result.asset_materializations_for_node("lights__eval_report")
+    return event.metadata["summary"].value
+
+
 def verdict(result: dg.ExecuteInProcessResult) -> Any:
-    [event] = result.asset_materializations_for_node("things__eval_report")
+    [event] = result.asset_materializations_for_node("lights__eval_report")
     return event.metadata["verdict"].value
