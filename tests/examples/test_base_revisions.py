@@ -1,5 +1,6 @@
 """Revisions made from a tiny base by the same code as from the real one."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -203,3 +204,15 @@ def test_the_program_says_what_is_wrong(tmp_path):
     command = [sys.executable, "-m", "examples.base_revisions"]
     wrong = subprocess.run([*command, "newer", "--out", "x"], capture_output=True, text=True, check=False)
     assert wrong.returncode == 2 and "original" in wrong.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["minor", "shapes", "family"])
+def test_the_real_base_is_revised(name: Revision, home_with_base, monkeypatch, tmp_path):
+    """One step: what is published is whole, and speaks English still."""
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "downloads").symlink_to(home_with_base / "downloads")
+    monkeypatch.setenv("EVERGREEN_HOME", str(tmp_path / "home"))
+    found = make(name, Settings.from_env(), plan=dataclasses.replace(revisions.PLANS[name], steps=1))
+    nats = loss(found.directory)
+    assert nats < {"minor": 1.5, "shapes": 1.8, "family": 2.5}[name], "nats per byte"
