@@ -59,7 +59,7 @@ from ml_assets.eval_reports.metrics import metric_name
 from ml_assets.eval_reports.statistics import mean_bounds
 from ml_assets.spec import AdapterRecipe, CustomizationSpec, PromptSpec, RungName
 
-LADDER_VERSION = "1"
+LADDER_VERSION = "2"
 """Raise when the same inputs would climb in another way."""
 KIND = "climb"
 
@@ -71,6 +71,9 @@ SCREEN_ALPHA = 0.025
 HOPELESS, MAPPED = 0.5, 0.9
 """Of what the champion's adapter gains in nats per validation answer: with less a rung is not shown, nor,
 below the second, an adapter that was mapped to other shapes and not tuned."""
+CLOSE = 1.25
+"""Times the champion's loss on its own base up to which a copy is shown; a worse one is tuned first, which
+costs about as much as a look that it would hardly stand."""
 DISTIL_SHARE = 0.3
 """Of the steps of a full training, for distillation; never less than the short tune's."""
 OVERHEAD = 0.10
@@ -389,6 +392,15 @@ class _Climber:
                 "not shown",
                 f"{gained:.0%} of what the champion gains, {least:.0%} is the least to be shown: {measured}",
             )
+        elif "tune" in wanted and plan.champion is not None and loss > CLOSE * plan.champion:
+            self._settle(
+                plan,
+                "copy",
+                best,
+                "not shown",
+                f"{loss:.3f} nats per validation answer with the {best}, {plan.champion:.3f} with the "
+                "champion on its own base: it is tuned first",
+            )
         return None
 
     def _measure_starts(self, plan: _Plan, copies: bool) -> str:
@@ -569,6 +581,8 @@ class _Climber:
         """Why the frozen rows need not be looked at."""
         seen = [loss for _, loss in trained.record.get("validation", [])]
         loss = min(seen) if seen else plan.losses[self._start(rung, plan)]
+        if seen and loss >= seen[0]:
+            return f"no better than what it began with: {seen[0]:.3f} nats per validation answer"
         gained = plan.gained(loss)
         if gained is not None and gained < HOPELESS:
             return (

@@ -183,11 +183,11 @@ def test_rows_are_shown_or_measured_on(n: int, wanted: int) -> None:
     assert sorted([*shown, *measured], key=lambda row: row["_row"]) == sorted(rows, key=lambda r: r["_row"])
 
 
-def test_no_more_ways_than_the_budget_allows(provider: Copycat, store: ArtifactStore) -> None:
+def test_no_more_ways_than_the_budget_allows(provider: Copycat, store: ArtifactStore, tmp_path: Path) -> None:
     spec = specification({"max_requests": 40})
     assert requests_of(len(ways_of(spec, [], 1)), 16) <= 40 < requests_of(len(ways_of(spec, [], 8)), 16)
     inputs = inputs_of(provider, store, spec)
-    base = open_base(inputs.base_directory, Path("unused"))
+    base = open_base(inputs.base_directory, tmp_path)
     assert isinstance(base, HostedModel)
     from ml_assets.datasets.snapshot import load_rows
 

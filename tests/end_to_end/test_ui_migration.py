@@ -131,7 +131,8 @@ def test_a_person_launches_the_backfill_and_opens_the_report(
             return found.status if found.status.value.startswith("COMPLETED") else None
 
         assert wait_for(ended, 300, settings) == BulkActionStatus.COMPLETED_SUCCESS
-        expect(page.get_by_text("Completed").first).to_be_visible()
+        page.reload()
+        expect(page.get_by_text("Completed", exact=True).first).to_be_visible()
         page.screenshot(path=tmp_path / "completed.png")
         with contextlib.closing(Ledger(settings.ledger_url)) as ledger:
             costs = DecisionBook(ledger).costs("colours")

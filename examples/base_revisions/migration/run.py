@@ -87,21 +87,24 @@ class Migration:
         self.began = time.monotonic()
         self.moved_at = 0.0
         self.seen: set[str] = set()
+        self.stay: set[str] = set()
+        """Those whose candidates the gate did not accept."""
 
     def watch(self) -> list[Moved]:
-        """Wait until every endpoint answers on the new revision; show what happens meanwhile.
+        """Wait until every endpoint answers on the new revision, or stays because the gate says so; show what
+        happens meanwhile.
 
         Raises OperationError when something stopped before, or takes too long.
         """
         moved: dict[str, Moved] = {}
-        while len(moved) < len(self.specs):
+        while len(moved) + len(self.stay) < len(self.specs):
             for name, release in self._serving().items():
                 if name not in moved and release.base_revision != self.before[name].base_revision:
                     seconds = time.monotonic() - self.began
                     moved[name] = Moved(name, self.before[name], release, seconds)
                     self.show(f"{name} is served on {release.base_revision}")
             stopped = self._tell()
-            if stopped and len(moved) < len(self.specs):
+            if stopped and len(moved) + len(self.stay) < len(self.specs):
                 raise OperationError(f"not everything moved: {stopped}; see the Dagster UI")
             if time.monotonic() - self.began > MIGRATION_SECONDS:
                 raise OperationError(
@@ -115,7 +118,7 @@ class Migration:
         for one in moved.values():
             one.climb = climbs.get(one.name)
             one.quality = quality(store, one.after.report_digest)
-        return [moved[spec.name] for spec in self.specs]
+        return [moved[spec.name] for spec in self.specs if spec.name in moved]
 
     def page(self, instance: DagsterInstance) -> str:
         """Where the page of the plan lies, once it was made for what is served now. Empty when it was not."""
@@ -158,7 +161,11 @@ class Migration:
                 self.seen.add(state)
                 seconds = history.decision.device_seconds
                 predicted = "" if seconds is None else f", predicted {seconds:.0f} device seconds"
-                self.show(f"    migrate {history.decision.customization}: {history.state}{predicted}")
+                name = history.decision.customization
+                self.show(f"    migrate {name}: {history.state}{predicted}")
+                if history.end and history.verdict in ("reject", "undecided"):
+                    self.stay.add(name)
+                    self.show(f"{name} stays where it is: the gate says {history.verdict}")
         wrong = [h for h in histories if h.state in ("failed", "dropped", "blocked_by_budget", "rejected")]
         return "; ".join(f"{h.decision.customization} {h.state}" for h in wrong) or None
 
