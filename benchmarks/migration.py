@@ -71,13 +71,13 @@ def main() -> None:
     arguments.add_argument("--tasks", nargs="+", choices=list(tasks), help="default all, with --quick one")
     arguments.add_argument("--seeds", type=int, help="how many; default 3, with --quick 1")
     arguments.add_argument("--revisions", nargs="+", choices=CHANGES, default=list(CHANGES))
-    arguments.add_argument("--rows", type=int, help="of a task; default 1200, with --quick 360")
+    arguments.add_argument("--rows", type=int, help="of a task; default 1500, with --quick 360")
     arguments.add_argument("--trials", type=int, help="planted regressions; default 1000, with --quick 200")
     given = arguments.parse_args()
     chosen = options(given)
     names = given.tasks or (["news_topics"] if chosen.quick else list(tasks))
-    rows = given.rows or (360 if chosen.quick else 1200)
-    bench = Bench(chosen, Size(rows, rows // 3))
+    rows = given.rows or (360 if chosen.quick else 1500)
+    bench = Bench(chosen, Size(rows, rows // (3 if chosen.quick else 5)))
     trials = given.trials or (200 if chosen.quick else 1000)
     worlds = [world for world in WORLDS if not chosen.quick or (world.usual and not world.graded)]
     parts = {"trials": trials, "worlds": [asdict(world) for world in worlds]}
@@ -168,7 +168,7 @@ class Bench:
             found = task.rows(self.size.rows, seed)
             text = "".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in found)
             write_atomic(file, text.encode())
-        spec = task.spec(file, seed, self.size.evaluation)
+        spec = task.spec(file, seed, self.size.rows, self.size.evaluation)
         return spec, build_dataset(spec, self.folder, self.settings, self.store).ref
 
 

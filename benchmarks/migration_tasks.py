@@ -34,8 +34,8 @@ class MigrationTask:
     blocks: dict[str, Any]
     generative: bool
 
-    def spec(self, source: Path, seed: int, evaluation_rows: int) -> CustomizationSpec:
-        """The customization of one seed: the rows in the file `source`, so many of them for evaluation."""
+    def spec(self, source: Path, seed: int, rows: int, evaluation_rows: int) -> CustomizationSpec:
+        """The customization of one seed: `rows` in the file `source`, so many of them for evaluation."""
         blocks = {
             "name": f"{self.name}_{seed}",
             "source": {"kind": "jsonl", "path": str(source)},
@@ -49,7 +49,7 @@ class MigrationTask:
             "max_rows": evaluation_rows,
         }
         blocks.setdefault("dataset", {"near_duplicate": 0.98})
-        blocks["dataset"] = {**blocks["dataset"], "evaluation_share": 1 / 3}
+        blocks["dataset"] = {**blocks["dataset"], "evaluation_share": evaluation_rows / rows}
         return CustomizationSpec.model_validate(blocks)
 
 

@@ -13,6 +13,7 @@ from ml_assets.adapters.port import Port
 from ml_assets.adapters.train import AdapterInputs, open_inputs, train_adapter
 from ml_assets.artifacts import ArtifactRef, ArtifactStore, read_json, sha256_file
 from ml_assets.base_models.partitions import BASE_MODELS
+from ml_assets.engine.examples import is_prompted
 from ml_assets.settings import Settings
 from ml_assets.spec import AdapterRecipe, CustomizationSpec, PromptSpec
 from resources.artifact_store import ArtifactRefIOManager, ArtifactStoreResource
@@ -77,6 +78,10 @@ def build_reproduce_job(specs: Sequence[CustomizationSpec]) -> dg.JobDefinition:
         settings, store = Settings.from_env(), artifact_store.store()
         adapter = io_manager.load(dg.AssetKey([config.customization, "adapter"]), context.partition_key)
         base_model = io_manager.load(dg.AssetKey("base_model"), context.partition_key)
+        if is_prompted(read_json(store.open(adapter) / "manifest.json")):
+            raise dg.Failure(
+                f"{adapter} is a prompt without weights: there is no training to repeat", allow_retries=False
+            )
         inputs, manifest = reproduce_inputs(by_name[config.customization], store, adapter, base_model)
         again = train_adapter(inputs, store, settings.home, reuse=False)
         same = compare(store.open(adapter), store.open(again.ref))

@@ -159,7 +159,7 @@ def test_tasks_are_enough_and_valid(home_with_packages, monkeypatch, tmp_path):
     for name, task in tasks.items():
         rows = task.rows(60, 0)
         assert rows == task.rows(60, 0) and rows != task.rows(60, 1)
-        spec = task.spec(tmp_path / "rows.jsonl", 2, 400)
+        spec = task.spec(tmp_path / "rows.jsonl", 2, 1200, 400)
         assert spec.name == f"{name}_2" and spec.adapter.seed == 2
         assert set(spec.columns()) <= set(rows[0])
         assert len({spec.prompt.user.format_map(row) for row in rows}) == 60
