@@ -47,7 +47,7 @@ MISTAKES = {
         "  owner: [team:shop]",
         4,
         "owner: unknown field; expected one of: name, description, owners, source, dataset, prompt, "
-        "base_models, adapter, evaluation, freshness, endpoint, traffic, feedback, drift, maintenance, "
+        "base_models, adapter, examples, evaluation, freshness, endpoint, traffic, feedback, drift, maintenance, "
         "migration, schedules (did you mean 'owners'?)",
     ),
     "unknown field of a source": (
