@@ -47,8 +47,8 @@ MISTAKES = {
         "  owner: [team:shop]",
         4,
         "owner: unknown field; expected one of: name, description, owners, source, dataset, prompt, "
-        "base_models, adapter, examples, evaluation, freshness, endpoint, traffic, feedback, drift, maintenance, "
-        "migration, schedules (did you mean 'owners'?)",
+        "base_models, adapter, examples, evaluation, freshness, endpoint, traffic, feedback, drift, "
+        "maintenance, migration, schedules (did you mean 'owners'?)",
     ),
     "unknown field of a source": (
         "    path: rows.jsonl",
