@@ -145,7 +145,7 @@ def decide(
         needs = _judge(difference, against, arm, spec, threshold, rejections, doubts)
     # these can only refuse: they keep the whole of alpha
     flips = _flips(pairs, whole, rejections, doubts, notes) if pairs else []
-    value = _value(pairs, whole, arm, rejections) if pairs else None
+    value = _value(pairs, whole, against, arm, rejections) if pairs else None
     if forgetting is not None and not forgetting <= gate.max_forgetting:  # NaN is too much, too
         rejections.append(
             f"forgetting: the negative log-likelihood of neutral text rises by {forgetting:.3f} nats per "
@@ -453,8 +453,10 @@ def _rows_for_share(share: float, budget: float, alpha: float, power: float) -> 
 
 
 def _value(
-    pairs: Sequence[tuple[Row, Row]], spec: EvaluationSpec, arm: str, rejections: list[str]
+    pairs: Sequence[tuple[Row, Row]], spec: EvaluationSpec, against: str, arm: str, rejections: list[str]
 ) -> ValueDifference:
+    """The difference in value; it rejects when it is shown to be below what the gate accepts: against a
+    champion what right answers are worth on as many rows as the margin allows to lose, else nothing."""
     new, old = ([pair[i] for pair in pairs] for i in (0, 1))
     low, high = value_range([*new, *old], spec.value)
     new_values, old_values = row_values(new, spec.value), row_values(old, spec.value)
@@ -473,9 +475,12 @@ def _value(
         lower=1000 * lower,
         upper=1000 * upper,
     )
-    if upper < 0:
+    worth = spec.value.right - spec.value.wrong
+    accepted = 1000 * spec.gate.margin * worth if against == "champion" else 0.0
+    if found.upper < -accepted:
         rejections.append(
             f"value: {found.candidate:.2f} {found.currency} per 1,000 requests against "
             f"{found.reference:.2f} of {arm}, shown lower by at least {-found.upper:.2f}"
+            + (f"; the margin accepts {accepted:.2f}" if accepted else "")
         )
     return found

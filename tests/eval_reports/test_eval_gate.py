@@ -404,3 +404,19 @@ def test_a_flood_of_wrong_feedback_does_not_block_every_candidate() -> None:
 
 def test_the_first_release_is_not_held_to_what_a_prompt_gets_right() -> None:
     assert remembered([False, True], [True, True], "held_out", against="base")[0].verdict != "reject"
+
+
+@pytest.mark.parametrize(("worth", "rejects"), [(1.0, False), (0.01, True)])
+def test_against_a_champion_value_may_fall_by_what_the_margin_is_worth(worth: float, rejects: bool) -> None:
+    """The same answers in more words: 30 money per 1,000 requests more, where the margin of 10 points is
+    worth 100, or 1."""
+    value = {"right": worth, "wrong": 0.0, "per_1000_tokens": 1.0}
+    evaluation = specification(value=value, gate={"margin": 0.1})
+    old = lines("champion", champion, make_rows(200, 1), evaluation, 1)
+    new = [{**row, "arm": "adapter", "answer_tokens": row["answer_tokens"] + 30} for row in old]
+    decision = decide(new, old, evaluation, against="champion")
+    assert decision.value is not None and decision.value.upper < 0
+    assert any("value" in reason for reason in decision.reasons) == rejects
+    assert decision.verdict == ("reject" if rejects else "promote")
+    base = [{**row, "arm": "few_shot"} for row in old]
+    assert decide(new, base, evaluation, against="base").verdict == "reject", "a base gets no margin"
