@@ -12,7 +12,7 @@ import numpy as np
 from ml_assets.eval_reports.gate import Decision, is_sampled
 from ml_assets.eval_reports.metrics import CORPUS, macro_f1, metric_name
 from ml_assets.eval_reports.statistics import mean_bounds
-from ml_assets.eval_reports.value import row_values, value_range
+from ml_assets.eval_reports.value import row_values, token_cost, value_range
 from ml_assets.spec import EvaluationSpec
 
 if TYPE_CHECKING:
@@ -70,6 +70,7 @@ def summarize(
             arm: {
                 "metrics": {name: _interval(rows, name) for name in names},
                 "value": _value_interval(rows, evaluation, low, high),
+                "cost_per_1000": _mean([1000 * token_cost(row, evaluation.value) for row in rows]),
                 "prompt_tokens": _mean([row["prompt_tokens"] for row in rows]),
                 "answer_tokens": _mean([row["answer_tokens"] for row in rows]),
                 "cut_off": sum(not row.get("finished", True) for row in rows),

@@ -13,11 +13,21 @@ from ml_assets.decisions.diagnosis import Policy
 from ml_assets.decisions.records import NOTHING, Note, Spent
 from ml_assets.drift_reports.fleet import fleet_alarms
 from ml_assets.endpoints.ledger import Release, now
-from ml_assets.fleet.migration_page import Evaluated, build_page, render_html, table_rows
+from ml_assets.fleet.migration_page import (
+    Evaluated,
+    build_page,
+    median_latencies,
+    render_html,
+    table_rows,
+)
 from ml_assets.settings import Settings
 from ml_assets.spec import CustomizationSpec
 from resources.artifact_store import ARTIFACT_REF, ArtifactRefIOManager, ArtifactStoreResource
 from resources.ledger import LedgerResource
+from resources.traffic_log import TrafficLogResource
+
+TIMED_REQUESTS = 200
+"""The newest requests of a customization, whose latency the plan shows."""
 
 
 def build_fleet_assets(specs: Sequence[CustomizationSpec]) -> list[dg.AssetsDefinition]:
@@ -108,10 +118,11 @@ def build_fleet_assets(specs: Sequence[CustomizationSpec]) -> list[dg.AssetsDefi
         artifact_store: ArtifactStoreResource,
         io_manager: dg.ResourceParam[ArtifactRefIOManager],
         ledger: LedgerResource,
+        traffic_log: TrafficLogResource,
     ) -> dg.MaterializeResult:
         store, at = artifact_store.store(), now()
         revisions = context.instance.get_dynamic_partitions(str(BASE_MODELS.name))
-        with ledger.opened() as opened:
+        with ledger.opened() as opened, traffic_log.opened() as log:
             book = DecisionBook(opened)
             histories, climbs = book.migrations(), book.climbs()
             page = build_page(
@@ -122,6 +133,7 @@ def build_fleet_assets(specs: Sequence[CustomizationSpec]) -> list[dg.AssetsDefi
                 climbs,
                 book.spent_on([history.decision.id for history in histories]),
                 opened.history,
+                lambda name: median_latencies(log.newest(name, TIMED_REQUESTS)),
                 at,
             )
         files = {"page.html": render_html(page, at).encode(), "page.json": canonical_json(page.as_json())}

@@ -5,8 +5,8 @@ decision to migrate; nothing is computed by a model here.
 """
 
 import datetime
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -19,6 +19,7 @@ from ml_assets.endpoints.ledger import Release
 from ml_assets.eval_reports.report import VERDICTS
 from ml_assets.fleet.migration_plan import plan_row, predicted_seconds
 from ml_assets.spec import CustomizationSpec
+from ml_assets.traffic.records import TrafficRecord
 
 PAGE_VERSION = "1"
 
@@ -61,7 +62,10 @@ class Line:
     serving_per_1000: float | None = None
     """What 1,000 answers cost."""
     currency: str = ""
+    latency_seconds: float | None = None
+    """Median of the newest requests to the endpoint."""
     seconds_per_answer: float | None = None
+    """Median of the evaluation, which answers in full batches."""
     predicted_seconds: float | None = None
     actual_seconds: float | None = None
     actual_money: float | None = None
@@ -97,11 +101,12 @@ def build_page(
     climbs: Sequence[Climb],
     spent: Mapping[str, Spent],
     releases: Callable[[str], Sequence[Release]],
+    latencies: Callable[[str], Mapping[str, float]],
     now: str,
 ) -> Page:
     """`revisions`: the partitions, oldest first; `evaluated(customization, revision)`; `histories`: decisions
     to migrate, newest first; `climbs`, oldest first; `spent`: by decision; `releases(customization)`: its
-    rows of the ledger, newest first."""
+    rows of the ledger, newest first; `latencies(customization)`: seconds by base revision."""
     decided: dict[tuple[str, str], History] = {}
     for history in histories:
         pair = (history.decision.customization, str(history.decision.base_revision))
@@ -109,14 +114,15 @@ def build_page(
     climbed = {(climb.customization, climb.base_revision): climb for climb in climbs}
     lines = []
     for spec in specs:
-        rows = releases(spec.name)
+        rows, seconds = releases(spec.name), latencies(spec.name)
         for revision in revisions:
             if revision.rpartition("@")[0] in spec.base_models:
                 pair = (spec.name, revision)
                 history = decided.get(pair)
                 cost = spent.get(history.decision.id) if history else None
                 found = evaluated(*pair)
-                lines.append(_line(spec, revision, found, history, climbed.get(pair), cost, rows, now))
+                line = _line(spec, revision, found, history, climbed.get(pair), cost, rows, now)
+                lines.append(replace(line, latency_seconds=seconds.get(revision)))
     current = [history for history in decided.values() if not (history.end and history.end.step == "dropped")]
     known = [climb for climb in climbs if climb.full_seconds]
     full = sum(climb.full_seconds or 0.0 for climb in known)
@@ -150,18 +156,17 @@ def _line(
         "actual_money": round(cost.money, 4) if cost else None,
     }
     if found is not None:
-        facts |= _measured(spec, found)
+        facts |= _measured(found)
     verdict = found.summary["decision"]["verdict"] if found else ""
     return Line(spec.name, revision, recommendation, verdict, why, **facts)
 
 
-def _measured(spec: CustomizationSpec, found: Evaluated) -> dict[str, Any]:
+def _measured(found: Evaluated) -> dict[str, Any]:
     arms, metric = found.summary["arms"], found.summary["metric"]
     quality = {arm: entry["metrics"][metric] for arm, entry in arms.items() if entry["metrics"][metric]}
     mean = {arm: round(interval["mean"], 4) for arm, interval in quality.items()}
     adapter, mine = arms.get("adapter", {}), quality.get("adapter")
-    tokens = [adapter.get(name) for name in ("prompt_tokens", "answer_tokens")]
-    price = spec.evaluation.value.per_1000_tokens
+    cost = adapter.get("cost_per_1000")
     difference = found.summary["decision"]["difference"]
     return {
         "metric": metric,
@@ -171,7 +176,7 @@ def _measured(spec: CustomizationSpec, found: Evaluated) -> dict[str, Any]:
         "champion": mean.get("champion"),
         "bare": max((mean[arm] for arm in ("zero_shot", "few_shot") if arm in mean), default=None),
         "value_per_1000": round(adapter["value"]["mean"], 4) if adapter.get("value") else None,
-        "serving_per_1000": None if None in tokens else round(sum(t or 0.0 for t in tokens) * price, 4),
+        "serving_per_1000": None if cost is None else round(cost, 4),
         "currency": found.summary["currency"],
         "seconds_per_answer": found.seconds,
         "negative_flips": difference["losses"] if difference else None,
@@ -223,6 +228,15 @@ def _served_until(revision: str, releases: Sequence[Release]) -> str | None:
     return None
 
 
+def median_latencies(requests: Iterable[TrafficRecord]) -> dict[str, float]:
+    """{base revision: median seconds} of requests that were answered."""
+    found: dict[str, list[float]] = {}
+    for request in requests:
+        if request.status == 200:
+            found.setdefault(request.base_revision, []).append(request.latency_ms / 1000)
+    return {revision: round(median(seconds), 4) for revision, seconds in found.items()}
+
+
 def render_html(page: Page, now: str) -> str:
     """The page, self-contained: no scripts, no links to anything outside."""
     from jinja2 import Environment, StrictUndefined
@@ -263,7 +277,8 @@ def table_rows(page: Page) -> list[dict[str, str | float]]:
             "champion": cell(line.champion),
             "value per 1,000": cell(line.value_per_1000),
             "cost to serve 1,000": cell(line.serving_per_1000),
-            "seconds per answer": cell(line.seconds_per_answer),
+            "latency, s": cell(line.latency_seconds),
+            "seconds per answer in a full batch": cell(line.seconds_per_answer),
             "cost to move, predicted s": cell(line.predicted_seconds),
             "cost to move, actual s": cell(line.actual_seconds),
             "rung": line.rung,
