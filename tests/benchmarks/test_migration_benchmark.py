@@ -180,7 +180,8 @@ def test_a_cell_is_measured_once(home_with_packages, monkeypatch, tmp_path):
     options = Options(True, tmp_path / "cache", tmp_path / "peers", 1)
     bench = Bench(options, Size(160, 56), made)
     found = bench.cell(migration_tasks()["devices_en"], 0, "minor")
-    assert {PORTED, NONE, FULL, migration.HALF, migration.SAME, "champion"} <= set(found["scores"])
+    # a fresh adapter that a few steps make no better is none: it is left out
+    assert {PORTED, NONE, FULL, migration.HALF, "champion"} <= set(found["scores"])
     rows = {name: set(scores) for name, scores in found["scores"].items()}
     assert len(set(map(frozenset, rows.values()))) == 1
     assert spent(found) > 0 and full_cost(found) > 0
