@@ -125,10 +125,10 @@ class Bench:
         path = self.folder / "cells" / f"{kind}-{key[:16]}.json"
         if path.exists():
             return json.loads(path.read_text(encoding="utf-8"))
-        found = find()
+        text = json.dumps(find(), ensure_ascii=False, indent=1)
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(path, json.dumps(found, ensure_ascii=False, indent=1).encode())
-        return found
+        write_atomic(path, text.encode())
+        return json.loads(text)
 
     def base(self, revision: Revision) -> ArtifactRef:
         """The artifact of a revision, which is made the first time."""

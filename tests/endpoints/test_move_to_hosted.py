@@ -81,7 +81,7 @@ class Project:
         self.assets = [
             dataset,
             build_base_model_asset(self.families, home),
-            build_adapter_asset(SPEC),
+            build_adapter_asset(SPEC, home),
             build_eval_report_asset(SPEC, home),
             build_endpoint_asset(SPEC),
         ]
