@@ -59,7 +59,7 @@ from ml_assets.eval_reports.metrics import metric_name
 from ml_assets.eval_reports.statistics import mean_bounds
 from ml_assets.spec import AdapterRecipe, CustomizationSpec, PromptSpec, RungName
 
-LADDER_VERSION = "2"
+LADDER_VERSION = "3"
 """Raise when the same inputs would climb in another way."""
 KIND = "climb"
 
@@ -71,9 +71,9 @@ SCREEN_ALPHA = 0.025
 HOPELESS, MAPPED = 0.5, 0.9
 """Of what the champion's adapter gains in nats per validation answer: with less a rung is not shown, nor,
 below the second, an adapter that was mapped to other shapes and not tuned."""
-CLOSE = 1.25
-"""Times the champion's loss on its own base up to which a copy is shown; a worse one is tuned first, which
-costs about as much as a look that it would hardly stand."""
+CLOSE, CLOSE_NATS = 1.25, 0.08
+"""A copy is shown when its loss is at most so many times the champion's on its own base, or so many nats per
+answer above it; a worse one is tuned first, which costs about as much as a look that it would not stand."""
 DISTIL_SHARE = 0.3
 """Of the steps of a full training, for distillation; never less than the short tune's."""
 OVERHEAD = 0.10
@@ -392,7 +392,11 @@ class _Climber:
                 "not shown",
                 f"{gained:.0%} of what the champion gains, {least:.0%} is the least to be shown: {measured}",
             )
-        elif "tune" in wanted and plan.champion is not None and loss > CLOSE * plan.champion:
+        elif (
+            "tune" in wanted
+            and plan.champion is not None
+            and loss > max(CLOSE * plan.champion, plan.champion + CLOSE_NATS)
+        ):
             self._settle(
                 plan,
                 "copy",
@@ -517,7 +521,7 @@ class _Climber:
         )
         if rung not in ("bare", "full"):
             with self._timed() as seconds:
-                reason = self._waste(rung, trained, plan)
+                reason = self._waste(rung, trained, plan, before)
             result = replace(
                 result,
                 evaluation_seconds=result.evaluation_seconds + seconds(),
@@ -577,11 +581,14 @@ class _Climber:
             checkpoint_seconds=self.checkpoint_seconds,
         )
 
-    def _waste(self, rung: RungName, trained: TrainedAdapter, plan: _Plan) -> str | None:
+    def _waste(
+        self, rung: RungName, trained: TrainedAdapter, plan: _Plan, before: Sequence[RungResult]
+    ) -> str | None:
         """Why the frozen rows need not be looked at."""
         seen = [loss for _, loss in trained.record.get("validation", [])]
         loss = min(seen) if seen else plan.losses[self._start(rung, plan)]
-        if seen and loss >= seen[0]:
+        # what it began with has had its look, or gets it now
+        if seen and loss >= seen[0] and any(one.looks for one in before if one.rung in ("copy", "tune")):
             return f"no better than what it began with: {seen[0]:.3f} nats per validation answer"
         gained = plan.gained(loss)
         if gained is not None and gained < HOPELESS:
