@@ -10,6 +10,7 @@ import logging
 import os
 import signal
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Mapping
@@ -19,6 +20,7 @@ from typing import Any, Self
 import psutil
 from dagster import DagsterRun, DagsterRunStatus
 from dagster._core.launcher.base import CheckRunHealthResult, LaunchRunContext, RunLauncher, WorkerStatus
+from dagster._core.origin import DEFAULT_DAGSTER_ENTRY_POINT, get_python_environment_entry_point
 from dagster._core.storage.tags import RETRY_STRATEGY_TAG
 from dagster._grpc.types import ExecuteRunArgs
 from dagster._serdes import ConfigurableClass
@@ -105,6 +107,12 @@ class WorkerProcessLauncher(RunLauncher, ConfigurableClass):
         origin = context.job_code_origin
         if origin is None:
             raise ValueError(f"run {context.dagster_run.run_id} has no code origin: launch it from the UI")
+        if origin.repository_origin.entry_point == DEFAULT_DAGSTER_ENTRY_POINT:
+            # the bare command `dagster` is another environment's, or nobody's, where PATH does not begin with ours
+            entry_point = get_python_environment_entry_point(sys.executable)
+            origin = origin._replace(
+                repository_origin=origin.repository_origin._replace(entry_point=entry_point)
+            )
         arguments = ExecuteRunArgs(origin, context.dagster_run.run_id, self._instance.get_ref())
         with open(os.environ.get(LOG_VARIABLE, os.devnull), "ab") as log:
             process = subprocess.Popen(

@@ -7,7 +7,6 @@ import random
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -15,6 +14,7 @@ from pathlib import Path
 
 import dagster as dg
 import pytest
+from daemons import start_daemon
 from maintenance_world import REVISION, make_evidence, make_spec, release
 
 from ml_assets.base_models.partitions import BASE_MODELS
@@ -48,23 +48,7 @@ class Deployment:
         self.started: list[subprocess.Popen[bytes]] = []
 
     def start(self) -> subprocess.Popen[bytes]:
-        path = os.pathsep.join(str(p) for p in (ROOT, ROOT / "tests", ROOT / "tests" / "sensors"))
-        env = os.environ | {
-            "EVERGREEN_HOME": str(self.home),
-            "DAGSTER_HOME": str(self.dagster_home),
-            "PYTHONPATH": path,
-            "FLEET": ",".join(NAMES),
-            "DAGSTER_DISABLE_TELEMETRY": "1",
-        }
-        with (self.home / "daemon.log").open("ab") as log:
-            daemon = subprocess.Popen(
-                [sys.executable, "-m", "dagster._daemon", "run", "-w", "workspace.yaml"],
-                cwd=self.dagster_home,
-                env=env,
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-            )
+        daemon = start_daemon(self.home, self.dagster_home, FLEET=",".join(NAMES))
         self.started.append(daemon)
         return daemon
 

@@ -1,11 +1,9 @@
 """A real daemon, and the runs of a migration, killed at bad moments: one backfill, nothing trained twice."""
 
 import json
-import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -13,6 +11,7 @@ from pathlib import Path
 
 import dagster as dg
 import pytest
+from daemons import start_daemon
 from dagster._core.execution.backfill import BulkActionStatus
 from maintenance_world import make_release
 from migration_location import NAMES, write_base
@@ -56,22 +55,7 @@ class Deployment:
         return revision_key("tiny", identify(self.home / "base"))
 
     def start(self) -> subprocess.Popen[bytes]:
-        path = os.pathsep.join(str(p) for p in (ROOT, ROOT / "tests", ROOT / "tests" / "sensors"))
-        env = os.environ | {
-            "EVERGREEN_HOME": str(self.home),
-            "DAGSTER_HOME": str(self.dagster_home),
-            "PYTHONPATH": path,
-            "DAGSTER_DISABLE_TELEMETRY": "1",
-        }
-        with (self.home / "daemon.log").open("ab") as log:
-            daemon = subprocess.Popen(
-                [sys.executable, "-m", "dagster._daemon", "run", "-w", "workspace.yaml"],
-                cwd=self.dagster_home,
-                env=env,
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-            )
+        daemon = start_daemon(self.home, self.dagster_home)
         self.started.append(daemon)
         return daemon
 

@@ -23,6 +23,7 @@ import httpx
 from ml_assets.base_models.hosted import identity
 from ml_assets.endpoints.gateway.engine import BaseText, Generation, Version
 from ml_assets.endpoints.gateway.errors import ApiError
+from ml_assets.endpoints.gateway.remote import RemoteRequests
 from ml_assets.engine.hosted import (
     Dialect,
     HostedError,
@@ -69,22 +70,14 @@ class HostedText(BaseText):
         return estimate(self.manifest, messages)
 
 
-@dataclass(eq=False)
-class _Work:
-    """A request under way; `began` once something of its answer was passed on."""
-
-    task: asyncio.Task[None]
-    began: bool = False
-
-
-class HostedEngine:
+class HostedEngine(RemoteRequests):
     """The client of all providers. State changes on the event loop that `start` was called on; `load` and
     `measure` are for other threads, the rest for the loop. `secret` gives environment variables."""
 
     def __init__(self, secret: Secret = os.environ.get):
+        super().__init__()
         self._secret = secret
         self._texts: dict[str, HostedText] = {}
-        self._work: dict[Generation, _Work] = {}
         self._measured_at: weakref.WeakKeyDictionary[Version, float] = weakref.WeakKeyDictionary()
         self._calls: set[concurrent.futures.Future[Any]] = set()
         self._lock = threading.Lock()
@@ -216,36 +209,10 @@ class HostedEngine:
         """Why it can't answer now: nothing is known of a provider before it is asked."""
         return None
 
-    def waiting(self) -> dict[Version, int]:
-        """Requests of whose answer nothing has come, by version."""
-        counts: dict[Version, int] = {}
-        for request, work in list(self._work.items()):
-            counts[request.version] = counts.get(request.version, 0) + (not work.began)
-        return counts
-
     def submit(self, request: Generation, max_queue: int) -> None:
         """Begin to answer a request. Raises ApiError 429 when too many wait."""
         version = request.version
-        waiting = self.waiting().get(version, 0)
-        if waiting >= max_queue + _text_of(version).source.at_once:
-            message = (
-                f"{waiting} requests for {version.customization!r} are waiting already; try again in 2 s"
-            )
-            raise ApiError(429, "queue_full", message, headers={"Retry-After": "2"})
-        task = asyncio.create_task(self._answer(request))
-        self._work[request] = _Work(task)
-        task.add_done_callback(lambda _: self._done(request))
-
-    def cancel(self, request: Generation) -> None:
-        """Stop a request: the connection is closed."""
-        request.cancelled = True
-        if not request.finished and (work := self._work.get(request)):
-            work.task.cancel()
-
-    def _done(self, request: Generation) -> None:
-        del self._work[request]
-        if not request.finished and not request.cancelled:
-            request.fail(ApiError(503, "shutting_down", "the gateway is shutting down"))
+        self._begin(request, max_queue + _text_of(version).source.at_once)
 
     async def _answer(self, request: Generation) -> None:
         text = _text_of(request.version)

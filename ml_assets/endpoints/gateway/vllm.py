@@ -28,6 +28,7 @@ import httpx
 from ml_assets.artifacts import read_json
 from ml_assets.endpoints.gateway.engine import BaseText, Generation, Version
 from ml_assets.endpoints.gateway.errors import ApiError
+from ml_assets.endpoints.gateway.remote import RemoteRequests
 from ml_assets.engine.examples import is_prompted
 
 LOAD_SECONDS = 600.0
@@ -106,25 +107,17 @@ class _Adapter:
         return self.base if self.bare else self.name
 
 
-@dataclass(eq=False)
-class _Work:
-    """A request under way; `tokens` that have come so far."""
-
-    task: asyncio.Task[None]
-    tokens: int = 0
-
-
-class VllmEngine:
+class VllmEngine(RemoteRequests):
     """The client of one deployment of vLLM servers. State changes on the event loop that `start` was called
     on; `load`, `measure` and `unload` are for other threads, the rest for the loop."""
 
     def __init__(self, urls: Sequence[str], api_key: str | None = None, watch_seconds: float = WATCH_SECONDS):
+        super().__init__()
         self.replicas = [Replica(url.rstrip("/")) for url in urls]
         self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         self._watch_seconds = watch_seconds
         self._adapters: dict[str, _Adapter] = {}
         self._texts: dict[str, BaseText] = {}
-        self._work: dict[Generation, _Work] = {}
         self._calls: set[concurrent.futures.Future[Any]] = set()
         self._calls_lock = threading.Lock()
         self._closed = False
@@ -564,38 +557,12 @@ class VllmEngine:
         name = adapter_name(version)
         return sum(replica.up and name in replica.ready for replica in self.replicas)
 
-    def waiting(self) -> dict[Version, int]:
-        """Requests whose first token has not come, by version."""
-        counts: dict[Version, int] = {}
-        for request, work in self._work.items():
-            counts[request.version] = counts.get(request.version, 0) + (work.tokens == 0)
-        return counts
-
     def submit(self, request: Generation, max_queue: int) -> None:
         """Begin to answer a request. Raises ApiError 429 when too many wait, 503 when no replica is ready."""
         version = request.version
         if (problem := self.problem(version)) is not None:
             raise _unavailable(version, problem)
-        waiting = self.waiting().get(version, 0)
-        if waiting >= max_queue:
-            message = (
-                f"{waiting} requests for {version.customization!r} are waiting already; try again in 2 s"
-            )
-            raise ApiError(429, "queue_full", message, headers={"Retry-After": "2"})
-        task = asyncio.create_task(self._answer(request))
-        self._work[request] = _Work(task)
-        task.add_done_callback(lambda _: self._done(request))
-
-    def cancel(self, request: Generation) -> None:
-        """Stop a request; vLLM stops when the connection closes."""
-        request.cancelled = True
-        if not request.finished and (work := self._work.get(request)):
-            work.task.cancel()
-
-    def _done(self, request: Generation) -> None:
-        del self._work[request]
-        if not request.finished and not request.cancelled:
-            request.fail(ApiError(503, "shutting_down", "the gateway is shutting down"))
+        self._begin(request, max_queue)
 
     async def _answer(self, request: Generation) -> None:
         """Have one replica after another try until one has answered. A replica that is lost after its first
@@ -630,7 +597,7 @@ class VllmEngine:
                 if request.finished:
                     return
                 replica.wake.set()
-                if self._work[request].tokens:
+                if self._work[request].began:
                     message = "the server was lost while it answered; ask again"
                     raise ApiError(502, "replica_lost", message) from error
                 log.warning("%s: %s; trying another", name, error)
@@ -682,7 +649,7 @@ class VllmEngine:
                     if "error" in chunk:
                         raise ReplicaLost(f"{replica.url}: {chunk['error']}")
                     for choice in chunk["choices"]:
-                        work.tokens += len(choice.get("token_ids") or ())
+                        work.began |= bool(choice.get("token_ids"))
                         ended = choice.get("finish_reason")
                         _feed(request, choice, stops)
                         if request.finished and not ended:
