@@ -108,7 +108,7 @@ class WorkerProcessLauncher(RunLauncher, ConfigurableClass):
         if origin is None:
             raise ValueError(f"run {context.dagster_run.run_id} has no code origin: launch it from the UI")
         if origin.repository_origin.entry_point == DEFAULT_DAGSTER_ENTRY_POINT:
-            # the bare command `dagster` is another environment's, or nobody's, where PATH does not begin with ours
+            # `dagster` alone is what PATH finds: nothing, or the command of another environment
             entry_point = get_python_environment_entry_point(sys.executable)
             origin = origin._replace(
                 repository_origin=origin.repository_origin._replace(entry_point=entry_point)
