@@ -453,14 +453,16 @@ def _ladder(world: World, difference: float, generator: np.random.Generator) -> 
     )
     champion = generator.random(world.rows) < world.level
     decisions: list[Any] = []
-    for _ in range(world.looks):
+    for look in range(1, world.looks + 1):
         candidate = _candidate(champion, world, difference, generator)
         noise = generator.normal(0, 0.1, (2, world.rows)) if world.graded else np.zeros((2, world.rows))
         lines = [
             _lines(arm, flags, noise[i], world.graded)
             for i, (arm, flags) in enumerate((("adapter", candidate), ("champion", champion)))
         ]
-        decisions.append(decide(lines[0], lines[1], evaluation, against="champion", looks=world.looks))
+        decisions.append(
+            decide(lines[0], lines[1], evaluation, against="champion", looks=world.looks, look=look)
+        )
         if decisions[-1].verdict == "promote":
             break
     return decisions

@@ -54,12 +54,12 @@ from ml_assets.eval_reports.build import (
     champion_lines,
     report_key,
 )
-from ml_assets.eval_reports.gate import is_sampled
+from ml_assets.eval_reports.gate import Difference, is_sampled, rows_for_equal, share_alpha
 from ml_assets.eval_reports.metrics import metric_name
 from ml_assets.eval_reports.statistics import mean_bounds
 from ml_assets.spec import AdapterRecipe, CustomizationSpec, PromptSpec, RungName
 
-LADDER_VERSION = "3"
+LADDER_VERSION = "4"
 """Raise when the same inputs would climb in another way."""
 KIND = "climb"
 
@@ -74,6 +74,8 @@ below the second, an adapter that was mapped to other shapes and not tuned."""
 CLOSE, CLOSE_NATS = 1.25, 0.08
 """A copy is shown when its loss is at most so many times the champion's on its own base, or so many nats per
 answer above it; a worse one is tuned first, which costs about as much as a look that it would not stand."""
+EVEN = 0.5
+"""A climb goes on while an adapter as good as the champion would be accepted with this probability."""
 DISTIL_SHARE = 0.3
 """Of the steps of a full training, for distillation; never less than the short tune's."""
 OVERHEAD = 0.10
@@ -276,7 +278,7 @@ class _Climber:
         results: list[RungResult] = []
         for rung in self.spec.migration.rungs:
             results.append(self._tried(rung, plan, results))
-            if results[-1].verdict == "promote":
+            if results[-1].verdict == "promote" or results[-1].rows_missing:
                 break
         results = self._shown_at_last(results, plan)
         chosen = self._chosen(results)
@@ -529,7 +531,7 @@ class _Climber:
             )
             if reason:
                 return replace(result, verdict="not shown", reason=reason)
-        return self._shown(result, trained.ref, plan, first=not any(one.looks for one in before))
+        return self._shown(result, trained.ref, plan, sum(bool(one.looks) for one in before))
 
     def _start(self, rung: RungName, plan: _Plan) -> str:
         if rung == "copy":
@@ -598,8 +600,9 @@ class _Climber:
             )
         return self._hopeless(self._screened(trained.ref), plan.level)
 
-    def _shown(self, result: RungResult, adapter: ArtifactRef, plan: _Plan, first: bool) -> RungResult:
-        """One look at the frozen rows. The first one also pays for the champion's answers."""
+    def _shown(self, result: RungResult, adapter: ArtifactRef, plan: _Plan, before: int) -> RungResult:
+        """One look at the frozen rows, after `before` others. The first one also pays for the champion's
+        answers."""
         with self._timed() as seconds:
             built = build_report(
                 self.spec,
@@ -611,13 +614,21 @@ class _Climber:
                 base_model=self.base_model,
                 champion=self.champion,
                 looks=plan.looks,
+                look=before + 1,
             )
         decision = built.decision
         difference = decision["difference"] or {}
+        reasons = list(decision["reasons"])
+        missing = self._rows_missing(decision, min(before + 2, plan.looks))
+        if missing:
+            reasons.append(
+                f"no higher rung is tried: {missing} rows are needed for an even chance that an adapter as "
+                "good as the champion is accepted"
+            )
         return replace(
             result,
             verdict=decision["verdict"],
-            reason="; ".join(decision["reasons"]),
+            reason="; ".join(reasons),
             report_digest=built.ref.digest,
             candidate=difference.get("candidate"),
             reference=difference.get("reference"),
@@ -626,9 +637,26 @@ class _Climber:
             rows=difference.get("rows", 0),
             evaluation_seconds=result.evaluation_seconds
             + (0.0 if built.reused else seconds())
-            + (plan.level_seconds if first else 0.0),
+            + (0.0 if before else plan.level_seconds),
             looks=plan.looks,
+            look=before + 1,
+            rows_missing=missing,
         )
+
+    def _rows_missing(self, decision: Mapping[str, Any], look: int) -> int:
+        """Rows, where a rung that costs more would hardly help: the mean of this one is within the margin,
+        the rows are too few to show it, and at the next look (`look`) an adapter that is as good as the
+        champion, with as many flips, would be refused rather than accepted. 0 otherwise."""
+        found = decision["difference"]
+        if decision["verdict"] != "undecided" or not found or found["estimate"] < decision["threshold"]:
+            return 0
+        if look == decision["look"]:  # that was the last one
+            return 0
+        if found["lower"] > decision["threshold"]:  # it is something else that is in doubt
+            return 0
+        spec = share_alpha(self.spec.evaluation, decision["looks"], look)
+        needs = rows_for_equal(Difference(**found), spec, EVEN)
+        return needs if needs and needs > found["rows"] else 0
 
     def _shown_at_last(self, results: list[RungResult], plan: _Plan) -> list[RungResult]:
         """Where nothing was worth a look but an adapter must come out, the last one gets it."""
@@ -636,7 +664,7 @@ class _Climber:
             return results
         for i in range(len(results) - 1, -1, -1):
             if digest := results[i].adapter_digest:
-                result = self._shown(results[i], ArtifactRef("adapter", digest), plan, first=True)
+                result = self._shown(results[i], ArtifactRef("adapter", digest), plan, before=0)
                 return [*results[:i], result, *results[i + 1 :]]
         raise NotCarried(
             f"{self.spec.name}: no rung gave an adapter for {self.inputs.base_manifest['revision']}: "

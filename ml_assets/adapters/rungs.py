@@ -19,7 +19,9 @@ class RungResult:
     `candidate`, `reference`, `bare`: mean of the deciding metric of the candidate, the champion on its own
     base, and the better of the new base's own arms, on the frozen rows. Seconds are those of the device;
     `screen_seconds` are those of `evaluation_seconds` that answered validation rows. `looks`: the looks at
-    the frozen rows that the gate's error rate is divided by; 0 for a rung that had none.
+    the frozen rows that the gate's error rate is divided among, 0 for a rung that had none; `look`: its own
+    number among them. `rows_missing`: where the climb ended here undecided, because a higher rung would be no
+    more certain, the evaluation rows that it would take.
     """
 
     rung: RungName
@@ -38,6 +40,8 @@ class RungResult:
     evaluation_seconds: float = 0.0
     screen_seconds: float = 0.0
     looks: int = 0
+    look: int = 1
+    rows_missing: int = 0
 
 
 @dataclass(frozen=True)

@@ -105,8 +105,15 @@ def neighbours(home: Path) -> bool:
 
 def compute_dtype(home: Path | None = None) -> torch.dtype:
     """bfloat16 or float32, whichever multiplies faster here: measured once and kept in
-    `<home>/hardware.json`, so that later runs use the same and give the same bytes."""
-    return getattr(torch, _measured_dtype(str(home or Settings.from_env().home)))
+    `<home>/hardware.json`, so that later runs use the same and give the same bytes. EVERGREEN_DTYPE names one
+    instead, for machines of several kinds that are to give the same adapters.
+
+    Raises ValueError when EVERGREEN_DTYPE is neither.
+    """
+    wanted = os.environ.get("EVERGREEN_DTYPE", "")
+    if wanted not in ("", "bfloat16", "float32"):
+        raise ValueError(f"EVERGREEN_DTYPE={wanted!r}: expected bfloat16 or float32")
+    return getattr(torch, wanted or _measured_dtype(str(home or Settings.from_env().home)))
 
 
 @functools.cache

@@ -107,6 +107,7 @@ def build_eval_report_asset(spec: CustomizationSpec, root: Path) -> dg.AssetsDef
                     base_model=base_model,
                     champion=champion,
                     looks=rung.looks if rung and rung.looks else 1,
+                    look=rung.look if rung and rung.looks else 1,
                     on_progress=tell,
                 )
                 if climb and rung:

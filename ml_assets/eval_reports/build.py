@@ -80,6 +80,7 @@ def report_key(
     champion: str | None,
     compute: str,
     looks: int = 1,
+    look: int = 1,
 ) -> str:
     """64 hex: the hash of all that goes into a report. `champion` is the digest of its adapter."""
     evaluation = spec.evaluation
@@ -103,7 +104,7 @@ def report_key(
         "code": [RUNNER_VERSION, REPORT_VERSION, code],
     }
     if looks > 1:
-        parts["looks"] = looks
+        parts["looks"] = [look, looks]
     return sha256_bytes(canonical_json(parts))
 
 
@@ -118,9 +119,11 @@ def build_report(
     base_model: ArtifactRef,
     champion: Champion | None,
     looks: int = 1,
+    look: int = 1,
     on_progress: Callable[[str, int, int], None] | None = None,
 ) -> BuiltReport:
-    """Evaluate, decide and publish, or find what these inputs gave before. `looks` is as in `decide`.
+    """Evaluate, decide and publish, or find what these inputs gave before. `looks` and `look` are as in
+    `decide`.
 
     A candidate that is the champion keeps the report that made it so. `on_progress(arm, done, total)`.
 
@@ -133,7 +136,7 @@ def build_report(
 
     compute = hardware.hardware_class(home)
     serving = champion.adapter.digest if champion else None
-    key = report_key(spec, root, adapter, dataset, base_model, serving, compute, looks)
+    key = report_key(spec, root, adapter, dataset, base_model, serving, compute, looks, look)
     if known := store.recall(KIND, key):
         return _opened(store, known[0], known[1], reused=True)
     if serving == adapter.digest:
@@ -153,7 +156,7 @@ def build_report(
             base_model,
             champion,
             on_progress,
-            looks,
+            (look, looks),
             spent,
         )
     summary = summarize(lines, spec.evaluation, decision, about, known)
@@ -225,7 +228,7 @@ def _evaluate(
     base_model: ArtifactRef,
     champion: Champion | None,
     on_progress: Callable[[str, int, int], None] | None,
-    looks: int,
+    look: tuple[int, int],
     spent: dict[str, dict[str, float]],
 ) -> tuple[list[Row], Decision, dict[str, list[float] | None], dict[str, Any], set[str]]:
     evaluation = spec.evaluation
@@ -272,7 +275,8 @@ def _evaluate(
         against="champion" if champion else "base",
         forgetting=forgotten,
         labels_from_champion=any(row.get("_origin") == "champion" for row in rows),
-        looks=looks,
+        look=look[0],
+        looks=look[1],
     )
     if (
         champion

@@ -76,3 +76,14 @@ def test_threads_do_not_spin_for_long_unless_told_otherwise() -> None:
     assert int(spin()) > 0
     assert spin(GOMP_SPINCOUNT="7") == "7"
     assert spin(OMP_WAIT_POLICY="ACTIVE") == "None"
+
+
+def test_the_number_format_can_be_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("bfloat16", "float32"):
+        monkeypatch.setenv("EVERGREEN_DTYPE", name)
+        assert hardware.compute_dtype(tmp_path) == getattr(torch, name)
+        assert hardware.hardware_class(tmp_path).endswith(name)
+    assert not (tmp_path / "hardware.json").exists(), "nothing had to be measured"
+    monkeypatch.setenv("EVERGREEN_DTYPE", "float16")
+    with pytest.raises(ValueError, match="EVERGREEN_DTYPE='float16': expected bfloat16 or float32"):
+        hardware.compute_dtype(tmp_path)

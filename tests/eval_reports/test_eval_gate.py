@@ -318,20 +318,32 @@ def test_all_looks_together_promote_a_worse_candidate_at_most_as_often_as_one_ma
     from ml_assets.eval_reports.statistics import claim_probability
 
     evaluation = specification(gate={"alpha": alpha, "margin": margin})
-    shared = share_alpha(evaluation, looks).gate.alpha
     loss = (flips + margin) / 2
-    one = claim_probability(rows, loss - margin, loss, -margin, shared) if loss > margin else 0.0
-    assert looks * one <= alpha + 1e-9
+    total = 0.0
+    for look in range(1, looks + 1):
+        shared = share_alpha(evaluation, looks, look).gate.alpha
+        if loss > margin:
+            total += claim_probability(rows, loss - margin, loss, -margin, shared)
+    assert total <= alpha + 1e-9
 
 
-@pytest.mark.parametrize("looks", [1, 2, 5])
-def test_a_decision_says_how_many_looks_share_its_error(looks: int) -> None:
+@given(looks=st.integers(1, 12))
+def test_the_shares_of_all_looks_are_the_whole_of_alpha(looks: int) -> None:
+    from ml_assets.eval_reports.gate import share_alpha
+
+    shares = [share_alpha(specification(), looks, look).gate.alpha for look in range(1, looks + 1)]
+    assert sum(shares) == pytest.approx(specification().gate.alpha)
+    assert shares == sorted(shares, reverse=True), "the cheapest candidate has the largest"
+
+
+@pytest.mark.parametrize("looks,look,share", [(1, 1, 1), (2, 1, 1 / 2), (2, 2, 1 / 2), (5, 3, 1 / 8)])
+def test_a_decision_says_how_many_looks_share_its_error(looks: int, look: int, share: float) -> None:
     evaluation = specification(gate={"margin": 0.05})
     rows = make_rows(400, 1)
     arms = [lines("adapter", champion, rows, evaluation, 1), lines("champion", champion, rows, evaluation, 1)]
-    decision = decide(*arms, evaluation, against="champion", looks=looks)
-    assert decision.looks == looks and decision.alpha == pytest.approx(0.05 / looks)
-    assert any("looks at these rows" in note for note in decision.notes) == (looks > 1)
+    decision = decide(*arms, evaluation, against="champion", looks=looks, look=look)
+    assert decision.looks == looks and decision.alpha == pytest.approx(0.05 * share)
+    assert any(f"look {look} of {looks} at these rows" in note for note in decision.notes) == (looks > 1)
     one = decide(*arms, evaluation, against="champion")
     assert decision.difference is not None and one.difference is not None
     assert decision.difference.lower <= one.difference.lower
@@ -342,6 +354,8 @@ def test_no_look_is_no_look() -> None:
     rows = lines("adapter", good, make_rows(5, 0), specification(), 0)
     with pytest.raises(ValueError, match="looks: expected at least 1, found 0"):
         decide(rows, rows, specification(), against="champion", looks=0)
+    with pytest.raises(ValueError, match="look: expected one of the 2 that were planned, found number 3"):
+        decide(rows, rows, specification(), against="champion", looks=2, look=3)
 
 
 # -- failure memory ------------------------------------------------------------------------------------
