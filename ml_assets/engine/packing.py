@@ -159,21 +159,21 @@ class Packing(_Pass):
         if self.captured is not None:
             self.captured[module] = k[None], v[None]
         parts: list[torch.Tensor] = []
+        # one split instead of slices: the gradient of each slice would be as large as all of x
+        lengths = [prefix, *(group.tokens for group in self.groups)]
+        (qp, *qs), (kp, *ks), (vp, *vs) = (x.split(lengths, dim=1) for x in (q, k, v))
         if prefix:
             whole = _Group(range(1), [prefix], 0, [0], q.device)
             mask = whole.mask(0, None, window, q.dtype)
-            out = _scores(q[None, :, :prefix], k[None, :, :prefix], v[None, :, :prefix], mask, options)
-            parts.append(out[0])
-        for group in self.groups:
-            here = slice(group.start, group.start + group.tokens)
-            qg = _gather(q[:, here], group)
-            kg, vg = _gather(k[:, here], group), _gather(v[:, here], group)
+            parts.append(_scores(qp[None], kp[None], vp[None], mask, options)[0])
+        for group, qi, ki, vi in zip(self.groups, qs, ks, vs, strict=True):
+            qg, kg, vg = _gather(qi, group), _gather(ki, group), _gather(vi, group)
             before, counts = 0, None
             if prefix:
                 before = prefix
                 n = len(group.rows)
-                kg = torch.cat([k[None, :, :prefix].expand(n, -1, -1, -1), kg], dim=2)
-                vg = torch.cat([v[None, :, :prefix].expand(n, -1, -1, -1), vg], dim=2)
+                kg = torch.cat([kp[None].expand(n, -1, -1, -1), kg], dim=2)
+                vg = torch.cat([vp[None].expand(n, -1, -1, -1), vg], dim=2)
             elif self.past is not None:
                 counts = group.offsets
                 before = max(self.past.lengths[group.rows.start : group.rows.stop])

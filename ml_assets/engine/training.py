@@ -31,7 +31,7 @@ from ml_assets.engine.lora import (
 from ml_assets.engine.prompt_cache import PromptCache
 from ml_assets.spec import AdapterRecipe
 
-TRAINING_VERSION = "2"
+TRAINING_VERSION = "3"
 """Part of every adapter's input key: raise it when the same inputs would give other weights."""
 
 MICRO_BATCH_TOKENS = 4096

@@ -130,7 +130,7 @@ def test_another_tokenizer_goes_to_the_full_training(world: World) -> None:
 
 
 def test_a_climb_ends_where_more_rungs_could_show_no_more(world: World) -> None:
-    """So few rows and so narrow a margin that even an adapter with the champion's own answers is undecided."""
+    """So few rows for so narrow a margin that an adapter with the champion's own answers is undecided."""
     narrow = {"margin": 0.001, "max_forgetting": 50, "max_negative_flips": 0.3}
     climbed = world.climb("minor", specification(["copy", "tune", "full"], gate=narrow, max_rows=None))
     [copied] = climbed.climb.rungs
