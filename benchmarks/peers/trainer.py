@@ -58,6 +58,7 @@ def train(
         "max_grad_norm": recipe["max_grad_norm"],
         "seed": recipe["seed"],
         "bf16": dtype == "bfloat16",
+        "use_cpu": not torch.cuda.is_available(),
         "logging_strategy": "no",
         "save_strategy": "no",
         "report_to": [],
@@ -130,7 +131,6 @@ def _sft(model: Any, base: str, examples: list[Answer], common: Answer, length: 
         packing=packing,
         max_length=length,
         gradient_checkpointing=False,
-        use_cpu=not torch.cuda.is_available(),
     )
     tokenizer = AutoTokenizer.from_pretrained(base, local_files_only=True)
     return SFTTrainer(model=model, args=arguments, train_dataset=data, processing_class=tokenizer)
