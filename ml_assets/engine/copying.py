@@ -16,8 +16,9 @@ from typing import Any
 
 import torch
 
+from ml_assets.engine.linear import linear_shape
 from ml_assets.engine.loading import Base
-from ml_assets.engine.lora import Adapter, linear_shape, new_adapter, target_modules
+from ml_assets.engine.lora import Adapter, new_adapter, target_modules
 from ml_assets.engine.packing import body
 
 Tensor = torch.Tensor

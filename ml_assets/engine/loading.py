@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ml_assets.artifacts import read_json
-from ml_assets.engine import hardware, norms, packing
+from ml_assets.engine import hardware, linear, norms, packing
 from ml_assets.engine.examples import is_prompted
 from ml_assets.engine.lora import Adapter, IncompatibleAdapter, LoraLayers, Route, read_adapter
 from ml_assets.engine.prompting import ChatFormat
@@ -50,6 +50,7 @@ class Base:
         self.vocabulary: int = model.get_input_embeddings().weight.shape[0]
         self.packs = packing.packs(model)
         norms.replace_rms_norms(model)
+        linear.pack_linear_layers(model)
         self.lora = LoraLayers(model)
         self.adapters: dict[str, dict[str, Any]] = {}
 

@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from ml_assets.artifacts import read_json
+from ml_assets.engine.linear import FrozenLinear, linear_shape
 
 UNSUPPORTED = (
     "use_dora",
@@ -202,13 +203,16 @@ class _Layer:
 
     def __init__(self, layers: LoraLayers, name: str, module: nn.Module):
         self.layers, self.name, self.module = layers, name, module
-        self.in_features, self.out_features, self.transposed = linear_shape(module)
+        self.in_features, self.out_features, _ = linear_shape(module)
         self.stacks: dict[tuple[str, ...], tuple[torch.Tensor, torch.Tensor]] = {}
         self.plain = module.forward
+        self.frozen = (
+            self.plain if isinstance(self.plain, FrozenLinear) else FrozenLinear(module, packed=False)
+        )
         module.forward = self.forward
 
     def restore(self) -> None:
-        del self.module.forward
+        self.module.forward = self.plain
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         route = self.layers.route
@@ -274,45 +278,31 @@ class _Layer:
             dropped = torch.nn.functional.dropout(x, adapter.dropout)
             h = torch.nn.functional.linear(dropped, pair[0]) * adapter.scaling
             return self.plain(x) + torch.nn.functional.linear(h, pair[1])
-        weight = self.module.weight.T if self.transposed else self.module.weight
-        return _TrainedLinear.apply(x, weight, self.module.bias, *pair, adapter.scaling)
+        return _TrainedLinear.apply(x, self.frozen, *pair, adapter.scaling)
 
 
 class _TrainedLinear(torch.autograd.Function):
     """x W' + bias + scaling x A' B' with gradients for x, A and B; W and bias are frozen."""
 
     @staticmethod
-    def forward(ctx: Any, x: Any, weight: Any, bias: Any, a: Any, b: Any, scaling: float) -> Any:
+    def forward(ctx: Any, x: Any, frozen: FrozenLinear, a: Any, b: Any, scaling: float) -> Any:
         flat = x.reshape(-1, x.shape[-1])
         h = flat @ a.T
-        y = torch.nn.functional.linear(flat, weight, bias).addmm_(h, b.T, alpha=scaling)
-        ctx.save_for_backward(flat, weight, a, b, h)
-        ctx.scaling = scaling
+        y = frozen.product(flat).addmm_(h, b.T, alpha=scaling)
+        ctx.save_for_backward(flat, a, b, h)
+        ctx.frozen, ctx.scaling = frozen, scaling
         return y.view(*x.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
-        flat, weight, a, b, h = ctx.saved_tensors
+        flat, a, b, h = ctx.saved_tensors
         shape = gradients[0].shape[:-1]
         dy = gradients[0].reshape(-1, gradients[0].shape[-1])
         dh = (dy @ b).mul_(ctx.scaling)
         da = dh.T @ flat
         db = (dy.T @ h).mul_(ctx.scaling)
-        dx = (dy @ weight).addmm_(dh, a).view(*shape, -1) if ctx.needs_input_grad[0] else None
-        return dx, None, None, da, db, None
-
-
-def linear_shape(module: nn.Module) -> tuple[int, int, bool]:
-    """(in, out, transposed) of a linear module: torch's, or GPT-2's Conv1D, which keeps (in, out) weights.
-    Raises TypeError for another kind of module."""
-    from transformers.pytorch_utils import Conv1D
-
-    if isinstance(module, Conv1D):
-        inner, outer = module.weight.shape
-        return inner, outer, True
-    if isinstance(module, nn.Linear):
-        return module.in_features, module.out_features, False
-    raise TypeError(f"LoRA needs a linear layer, found {type(module).__name__}")
+        dx = ctx.frozen.gradient(dy).addmm_(dh, a).view(*shape, -1) if ctx.needs_input_grad[0] else None
+        return dx, None, da, db, None
 
 
 def target_modules(model: nn.Module, targets: Iterable[str] | str) -> list[str]:

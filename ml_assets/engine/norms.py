@@ -44,18 +44,21 @@ def replace_rms_norms(model: nn.Module) -> int:
 class _Norm:
     """The forward pass of a norm, with or without a gradient."""
 
-    def __init__(self, module: nn.Module, scale: torch.Tensor, eps: float):
-        self._plain, self._scale, self._eps = module.forward, scale, eps
+    def __init__(self, module: nn.Module, offset: int, eps: float):
+        self._plain, self._offset, self._eps = module.forward, offset, eps
+        self._weight = module.get_parameter("weight").detach()
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         if x.requires_grad and torch.is_grad_enabled():
-            return _RmsNorm.apply(x, self._scale, self._eps)  # type: ignore[no-any-return]
+            scale = self._weight + self._offset if self._offset else self._weight
+            return _RmsNorm.apply(x, scale, self._eps)  # type: ignore[no-any-return]
         return self._plain(x)
 
 
 @torch.no_grad()
-def _as_rms_norm(module: nn.Module) -> tuple[torch.Tensor, float] | None:
-    """(scale, eps) if this module is an RMS norm with a frozen weight: any of its numbers may be the eps."""
+def _as_rms_norm(module: nn.Module) -> tuple[int, float] | None:
+    """(offset, eps) if this module is an RMS norm with a frozen weight, whose scale is weight + offset. Any
+    number that the module has may be the eps."""
     parameters = dict(module.named_parameters())
     weight = parameters.get("weight")
     if len(parameters) != 1 or weight is None or weight.dim() != 1 or weight.requires_grad:
@@ -68,7 +71,8 @@ def _as_rms_norm(module: nn.Module) -> tuple[torch.Tensor, float] | None:
     except (RuntimeError, TypeError, ValueError):
         return None
     for eps in {value for value in vars(module).values() if isinstance(value, float)}:
-        for scale in (weight.detach(), 1 + weight.detach()):
-            if torch.equal(_RmsNorm.apply(probe, scale, eps), expected):  # type: ignore[arg-type]
-                return scale, eps
+        for offset in (0, 1):
+            found = _RmsNorm.apply(probe, weight.detach() + offset, eps)
+            if torch.equal(found, expected):  # type: ignore[arg-type]
+                return offset, eps
     return None

@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 MEMORY_BYTES = 2 * 2**30
 DISK_BYTES = 16 * 2**30
 
+VERSION = 2
+"""Raise when the same prompts would get other bytes."""
+
 GROUP_TOKENS = 2048
 """Tokens of one pass that fills the cache."""
 
@@ -67,7 +70,7 @@ class PromptCache:
         needed = sum(self._layout.size(len(prompt)) for prompt in distinct.values())
         self.kept = needed <= max(memory_bytes, disk_bytes if directory else 0)
         """Whether the budgets have room for all prompts."""
-        scope = [base.manifest["identity"], str(base.model.dtype), torch.__version__, self._prefix]
+        scope = [base.manifest["identity"], str(base.model.dtype), torch.__version__, VERSION, self._prefix]
         self._disk = _Disk(directory, disk_bytes) if directory and needed <= disk_bytes else None
         self._groups: dict[str, _PromptGroup] = {}
         for members in _grouped(distinct) if self.kept else []:
