@@ -1,8 +1,8 @@
 """Linear layers whose weights are frozen, and lie in memory as the processor multiplies them.
 
 oneDNN, which multiplies on CPUs, rearranges a weight for its kernels in every call. For the few rows of a
-decoding step that takes as long as the product itself. Here each weight is rearranged once, with what torch's own
-compiler uses for frozen weights; the sums stay the same, in bfloat16 to the bit.
+decoding step that takes as long as the product itself. Here each weight is rearranged once, with what torch's
+own compiler uses for frozen weights; the sums stay the same, in bfloat16 to the bit.
 """
 
 import threading
