@@ -28,7 +28,7 @@ RECIPE = {
     "alpha": 32.0,
     "steps": 60,
     "batch_tokens": 512,
-    "learning_rate": 0.01,
+    "learning_rate": 0.004,  # at 0.01 it depends on rounding whether the champion learns anything
     "targets": "all-linear",
 }
 
