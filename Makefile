@@ -82,7 +82,7 @@ test: test-fast test-slow  ## all tests; more options for pytest in PYTEST_ARGS
 test-fast: setup  ## those that take seconds
 	$(BIN)/pytest -m 'not slow' -n $(CPU_COUNT) $(PYTEST_ARGS)
 test-slow: setup  ## those with the real base model, a browser or server processes
-	EVERGREEN_DTYPE=$(EVERGREEN_DTYPE) $(BIN)/pytest -m slow $(PYTEST_ARGS)
+	$(BIN)/pytest -m slow $(PYTEST_ARGS)
 
 .PHONY: lint
 lint: setup  ## ruff, pyright, and Dagster's own check of the definitions

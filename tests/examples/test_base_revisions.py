@@ -213,6 +213,7 @@ def test_the_real_base_is_revised(name: Revision, home_with_base, monkeypatch, t
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "downloads").symlink_to(home_with_base / "downloads")
     monkeypatch.setenv("EVERGREEN_HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("EVERGREEN_DTYPE", raising=False)
     found = make(name, Settings.from_env(), plan=dataclasses.replace(revisions.PLANS[name], steps=1))
     nats = loss(found.directory)
     assert nats < {"minor": 1.5, "shapes": 1.8, "family": 2.5}[name], "nats per byte"
