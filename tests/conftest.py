@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 # tests run side by side: two processes that each compute on all cores are far slower than one thread each
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("EVERGREEN_THREADS", "1")
-# tiny models learn and answer otherwise in bfloat16, which some processors prefer; tests of the real one unset it
+# tiny models learn and answer otherwise in bfloat16, which some processors prefer; the real one may use it
 os.environ.setdefault("EVERGREEN_DTYPE", "float32")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
