@@ -63,7 +63,7 @@ LADDER_VERSION = "4"
 """Raise when the same inputs would climb in another way."""
 KIND = "climb"
 
-MIN_SCREEN_ROWS, SCREEN_ROWS, SCREEN_SHARE = 8, 48, 0.08
+MIN_SCREEN_ROWS, SCREEN_ROWS, SCREEN_SHARE = 16, 48, 0.08
 """Validation rows that are answered to see whether a look at the frozen rows would be a waste: as many as
 this share of those, within the limits."""
 SCREEN_ALPHA = 0.025
