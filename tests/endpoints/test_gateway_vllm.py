@@ -223,10 +223,10 @@ def test_a_client_that_leaves_is_not_worked_for(one: Fleet, adapters: list[Made]
 
 def test_an_answer_ends_at_its_deadline(one: Fleet, adapters: list[Made]) -> None:
     one.serve(adapters[0])
-    one.servers[0].token_seconds = 1.0
+    one.servers[0].token_seconds = 4.0
     late = one.http.post("/v1/chat/completions", json={"model": "home", "messages": QUESTION, "timeout": 0.3})
     assert late.status_code == 504 and late.json()["error"]["code"] == "deadline_exceeded"
-    wait_for(lambda: one.servers[0].open == 0, "the server to stop", seconds=1.5)
+    wait_for(lambda: one.servers[0].open == 0, "the server to stop", seconds=6.0)
 
 
 def test_too_many_wait(one: Fleet, adapters: list[Made]) -> None:
