@@ -48,7 +48,9 @@ class _Norm:
         self._plain, self._offset, self._eps = module.forward, offset, eps
         self._weight = module.get_parameter("weight").detach()
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+    def __call__(self, x: torch.Tensor, *more: Any, **named: Any) -> torch.Tensor:
+        if more or named:  # such as a gate: then it is more than a norm
+            return self._plain(x, *more, **named)
         if x.requires_grad and torch.is_grad_enabled():
             scale = self._weight + self._offset if self._offset else self._weight
             return _RmsNorm.apply(x, scale, self._eps)  # type: ignore[no-any-return]

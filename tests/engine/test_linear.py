@@ -65,6 +65,14 @@ def test_what_is_trained_or_too_large_stays(monkeypatch: pytest.MonkeyPatch) -> 
     assert pack_linear_layers(nn.Linear(8, 8).requires_grad_(False)) == 0
 
 
+def test_a_subclass_with_a_forward_pass_of_its_own_stays() -> None:
+    class Doubled(nn.Linear):
+        def forward(self, input: torch.Tensor) -> torch.Tensor:
+            return 2 * super().forward(input)
+
+    assert pack_linear_layers(Doubled(8, 8).requires_grad_(False)) == 0
+
+
 def test_without_such_products_layers_stay(monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(*_: object) -> torch.Tensor:
         raise NotImplementedError("no such operator")

@@ -58,6 +58,26 @@ def test_every_architecture_computes_what_it_did(
     assert float((gradient - other).float().norm()) <= limit * float(gradient.float().norm())
 
 
+def test_a_norm_that_is_given_a_gate_is_more_than_a_norm() -> None:
+    class Gated(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.linspace(0.5, 2, 16), requires_grad=False)
+            self.eps = 1e-6
+
+        def forward(self, x: torch.Tensor, gate: torch.Tensor | None = None) -> torch.Tensor:
+            y = self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps))
+            return y if gate is None else y * gate
+
+    module, x = Gated(), torch.randn(3, 16, requires_grad=True)
+    gate = torch.full((3, 16), 2.0)
+    plain = module(x).detach()
+    assert replace_rms_norms(module) == 1
+    torch.testing.assert_close(module(x), plain)
+    torch.testing.assert_close(module(x, gate), 2 * plain)
+    torch.testing.assert_close(module(x, gate=gate), 2 * plain)
+
+
 def test_what_is_no_rms_norm_or_is_trained_stays() -> None:
     named, trained, layer = Named(), nn.RMSNorm(16, eps=1e-6), nn.LayerNorm(16).requires_grad_(False)
     assert replace_rms_norms(nn.ModuleList([named, trained, layer])) == 0
