@@ -1,15 +1,17 @@
 """After a crash of the machine or of everything at once: fail the runs whose process is gone.
 
 Dagster's own run retries then requeue them (same assets, partition, tags and backfill, at most `max_retries`
-times), because a run that failed without a failed step counts as crashed. They try once, and give up when the
-code server is not there at that moment; `requeue_lost` makes up for it.
+times), because a run that failed without a failed step counts as crashed. They look at a failure once, and
+can lose the retry; `requeue_lost` makes up for it.
 """
 
 from datetime import UTC, datetime, timedelta
 
 import httpx
 from dagster import DagsterEventType, DagsterInstance, DagsterRun, DagsterRunStatus, RunsFilter
-from dagster._core.storage.tags import WILL_RETRY_TAG
+from dagster._core.errors import DagsterRunNotFoundError
+from dagster._core.execution.backfill import BULK_ACTION_TERMINAL_STATUSES
+from dagster._core.storage.tags import AUTO_RETRY_RUN_ID_TAG, BACKFILL_ID_TAG, WILL_RETRY_TAG
 
 from ml_assets.cli.launcher import BOOT_ID, PID, describe, fence, is_alive
 
@@ -60,31 +62,64 @@ def recover(instance: DagsterInstance) -> list[DagsterRun]:
 
 
 def requeue_lost(instance: DagsterInstance, url: str, known: set[str]) -> list[str]:
-    """Requeue the runs of the last day whose retry the daemon wanted and could not submit; returns the ids of
-    those runs. One that can't be requeued now either is tried again at the next call. `known` is the
-    caller's memory of runs that need no second look.
+    """Requeue the runs of the last day whose retry Dagster wanted and lost; returns the ids of those runs.
+
+    The daemon loses a retry in two ways: it can't submit it and gives up, or it looks at the failure between
+    the moments when the event and the new status of the run are stored, and takes the run for one that has
+    not failed. A run that can't be requeued now is tried again at the next call. `known` is the caller's
+    memory of runs that need no second look.
     """
     since = datetime.now(UTC) - timedelta(days=1)
-    failed = RunsFilter(
-        statuses=[DagsterRunStatus.FAILURE], tags={WILL_RETRY_TAG: "false"}, updated_after=since
-    )
+    candidates: dict[str, bool] = {}
+    for wanted in (True, False):
+        tags = {WILL_RETRY_TAG: str(wanted).lower()}
+        failed = RunsFilter(statuses=[DagsterRunStatus.FAILURE], tags=tags, updated_after=since)
+        candidates |= {run.run_id: wanted for run in instance.get_runs(failed) if run.run_id not in known}
+    if not candidates:
+        return []
+    # In this order: whatever the daemon launched for a run that it no longer has to look at exists by now.
+    unseen = _failures_that_the_daemon_has_not_seen(instance)
     requeued = []
-    for run in instance.get_runs(failed):
-        if run.run_id in known:
-            continue
-        events = instance.all_logs(run.run_id, of_type=DagsterEventType.ENGINE_EVENT)
-        _, group = instance.get_run_group(run.run_id) or ("", [])
-        has_retry = any(other.parent_run_id == run.run_id for other in group)
-        if has_retry or not any(event.message == GAVE_UP for event in events):
-            known.add(run.run_id)
-        elif _reexecute(url, run):
-            known.add(run.run_id)
-            requeued.append(run.run_id)
+    for run_id in candidates.keys() - unseen:
+        if not _lost_its_retry(instance, run_id, candidates[run_id]):
+            known.add(run_id)
+        elif _reexecute(url, run_id):
+            known.add(run_id)
+            requeued.append(run_id)
     return requeued
 
 
-def _reexecute(url: str, run: DagsterRun) -> bool:
-    parameters = {"parentRunId": run.run_id, "strategy": "ALL_STEPS", "useParentRunTags": True}
+def _failures_that_the_daemon_has_not_seen(instance: DagsterInstance) -> set[str]:
+    """Ids of the runs whose failure comes after the daemon's cursor; it will look at them itself."""
+    key = f"EVENT_LOG_CONSUMER_CURSOR-{DagsterEventType.RUN_FAILURE.value}"
+    cursor = int(instance.daemon_cursor_storage.get_cursor_values({key}).get(key) or 0)
+    events = instance.event_log_storage.get_logs_for_all_runs_by_log_id(
+        after_cursor=cursor, dagster_event_type=DagsterEventType.RUN_FAILURE
+    )
+    return {event.run_id for event in events.values()}
+
+
+def _lost_its_retry(instance: DagsterInstance, run_id: str, wanted: bool) -> bool:
+    """Whether a failed run that the daemon has looked at has no retry, and should have one."""
+    try:
+        _, group = instance.get_run_group(run_id) or ("", [])
+    except DagsterRunNotFoundError:  # the first run of its group was deleted
+        return False
+    run = next((run for run in group if run.run_id == run_id), None)
+    if run is None or AUTO_RETRY_RUN_ID_TAG in run.tags or any(r.parent_run_id == run_id for r in group):
+        return False
+    if (backfill_id := run.tags.get(BACKFILL_ID_TAG)) is not None:
+        backfill = instance.get_backfill(backfill_id)
+        if backfill is None or backfill.status in BULK_ACTION_TERMINAL_STATUSES:
+            return False
+    if wanted:
+        return True
+    events = instance.all_logs(run_id, of_type=DagsterEventType.ENGINE_EVENT)
+    return any(event.message == GAVE_UP for event in events)
+
+
+def _reexecute(url: str, run_id: str) -> bool:
+    parameters = {"parentRunId": run_id, "strategy": "ALL_STEPS", "useParentRunTags": True}
     body = {"query": REEXECUTE, "variables": {"parameters": parameters}}
     try:
         answer = httpx.post(f"{url}/graphql", json=body, timeout=60, trust_env=False).json()

@@ -597,7 +597,7 @@ def _supervise(settings: Settings) -> None:
                         logger.error("the gateway does not answer well: it is ended and started again")
                         supervisor.end("gateway")
                     for run_id in requeue_lost(instance, settings.dagster_url, known):
-                        logger.warning("run %s is requeued; the daemon could not do it", run_id)
+                        logger.warning("run %s is requeued; the daemon had lost its retry", run_id)
         finally:
             logger.info("stopping")
             supervisor.stop()

@@ -125,14 +125,19 @@ def test_a_failed_run_is_told_with_its_reason(dagster):
     assert not retries(dagster, run_id), "an asset that failed is not retried by the run queue"
 
 
-def test_a_retry_that_the_daemon_could_not_submit_is_made_up_for(dagster):
+@pytest.mark.parametrize("given_up", [True, False])
+def test_a_retry_that_the_daemon_lost_is_made_up_for(dagster, given_up):
     run_id = dagster.launch(ASSET_JOB, assets=[BROKEN])
     run = wait_for(
         lambda: dagster.instance.get_runs(RunsFilter(run_ids=[run_id], statuses=[DagsterRunStatus.FAILURE]))
     )[0]
     wait_for(lambda: dagster.instance.get_run_by_id(run_id).tags.get(WILL_RETRY_TAG) == "false")
-    # as if its process had died while there was no code server: the daemon says this, and gives up
-    dagster.instance.report_engine_event("Failed to retry run", run)
+    if (
+        given_up
+    ):  # as if its process had died while there was no code server: the daemon says this, and gives up
+        dagster.instance.report_engine_event("Failed to retry run", run)
+    else:  # as if the daemon had looked before the run's new status was stored
+        dagster.instance.add_run_tags(run_id, {WILL_RETRY_TAG: "true"})
     (retry,) = wait_for(lambda: retries(dagster, run_id))
     assert retry.asset_selection == {BROKEN}
     time.sleep(supervisor.REQUEUE_SECONDS + 2)

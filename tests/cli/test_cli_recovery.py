@@ -2,16 +2,24 @@
 
 import shutil
 import subprocess
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 from dagster import DagsterInstance, DagsterRunStatus
 from dagster._core.launcher.base import WorkerStatus
-from dagster._core.storage.tags import WILL_RETRY_TAG
+from dagster._core.storage.tags import (
+    AUTO_RETRY_RUN_ID_TAG,
+    BACKFILL_ID_TAG,
+    PARENT_RUN_ID_TAG,
+    ROOT_RUN_ID_TAG,
+    WILL_RETRY_TAG,
+)
 from dagster._core.test_utils import create_run_for_test
 
 from ml_assets.cli.launcher import BOOT_ID, PROCESS_STARTED, identity
-from ml_assets.cli.recovery import CURSORS, recover
+from ml_assets.cli.recovery import CURSORS, recover, requeue_lost
 from ml_assets.endpoints.ledger import Ledger
 from ml_assets.settings import Settings
 
@@ -120,6 +128,68 @@ def test_a_run_that_crashed_too_often_is_not_retried_for_ever(instance):
     failed = instance.get_run_by_id(run.run_id)
     assert failed.status == DagsterRunStatus.FAILURE
     assert failed.tags[WILL_RETRY_TAG] == "false"
+
+
+def seen_by_the_daemon(instance) -> None:
+    latest = instance.event_log_storage.get_maximum_record_id() or 0
+    instance.daemon_cursor_storage.set_cursor_values(dict.fromkeys(CURSORS, str(latest)))
+
+
+def crashed(instance, **tags: str):
+    run = create_run_for_test(instance, status=DagsterRunStatus.STARTED, tags=dead() | tags)
+    recover(instance)
+    return run
+
+
+def child_of(run, tags: Mapping[str, str] | None = None) -> dict[str, Any]:
+    ids = {PARENT_RUN_ID_TAG: run.run_id, ROOT_RUN_ID_TAG: run.run_id}
+    return {"parent_run_id": run.run_id, "root_run_id": run.run_id, "tags": ids | dict(tags or {})}
+
+
+def judged_lost(instance, run_id: str) -> bool:
+    """Whether it would be requeued: nobody answers at this address, so it stays one to look at."""
+    known: set[str] = set()
+    assert requeue_lost(instance, "http://127.0.0.1:9", known) == []
+    return run_id not in known
+
+
+def test_a_wanted_retry_is_lost_once_the_daemon_has_passed_over_the_failure(instance):
+    run = crashed(instance)
+    seen_by_the_daemon(instance)
+    assert judged_lost(instance, run.run_id)
+
+
+def test_a_failure_that_the_daemon_will_look_at_is_left_to_it(instance, monkeypatch):
+    seen_by_the_daemon(instance)
+    crashed(instance)
+    asked: list[str] = []
+    monkeypatch.setattr("ml_assets.cli.recovery._reexecute", lambda url, run_id: asked.append(run_id))
+    assert requeue_lost(instance, "http://127.0.0.1:9", set()) == []
+    assert asked == []
+
+
+def test_a_retry_that_exists_or_was_deleted_is_not_repeated(instance):
+    run, other = crashed(instance), crashed(instance)
+    create_run_for_test(instance, **child_of(run))
+    instance.add_run_tags(other.run_id, {AUTO_RETRY_RUN_ID_TAG: "deleted"})
+    seen_by_the_daemon(instance)
+    assert not judged_lost(instance, run.run_id)
+    assert not judged_lost(instance, other.run_id)
+
+
+def test_runs_of_a_backfill_that_has_ended_are_not_requeued(instance):
+    run = crashed(instance, **{BACKFILL_ID_TAG: "deleted"})
+    seen_by_the_daemon(instance)
+    assert not judged_lost(instance, run.run_id)
+
+
+def test_a_retry_of_a_run_whose_first_attempt_was_deleted_is_not_requeued(instance):
+    root = create_run_for_test(instance, status=DagsterRunStatus.FAILURE)
+    run = create_run_for_test(instance, status=DagsterRunStatus.STARTED, **child_of(root, dead()))
+    recover(instance)
+    seen_by_the_daemon(instance)
+    instance.delete_run(root.run_id)
+    assert not judged_lost(instance, run.run_id)
 
 
 def test_run_monitoring_sees_the_same(instance, worker):
