@@ -259,12 +259,13 @@ def _must_pass(
     taught = [row for row in open_ if row["failed"] == "trained"]
     missed = sum(not row["right"] for row in taught)
     disputed = missed >= DISPUTED and 2 * missed >= len(taught)
-    tolerated = missed <= len(taught) // TOLERATED
+    allowed = len(taught) // TOLERATED
+    tolerated = missed <= allowed
     names |= {row["row"] for row in taught if not disputed and (row["right"] or not tolerated)}
     if missed and tolerated:
         notes.append(
             f"failures in production: {missed} of {len(taught)} rows that were to be learned are still "
-            f"wrong; {len(taught) // TOLERATED} may be"
+            f"wrong; {allowed} may be"
         )
     if disputed:
         notes.append(
@@ -277,9 +278,10 @@ def _must_pass(
     wrong = sorted(str(row["row"]) for row in chosen if not row["right"])
     if wrong:
         first = next(row for row in chosen if row["row"] == wrong[0])
+        may_be = f"{allowed} of the {len(taught)} that were to be learned" if allowed else "none"
         rejections.append(
-            f"must-pass: {len(wrong)} of {len(chosen)} rows are wrong, allowed are none; row {wrong[0][:12]} "
-            f"expected {_short(first['expected'])}, got {_short(first['answer'])}"
+            f"must-pass: {len(wrong)} of {len(chosen)} rows are wrong, allowed are {may_be}; "
+            f"row {wrong[0][:12]} expected {_short(first['expected'])}, got {_short(first['answer'])}"
         )
     return {"rows": len(chosen), "wrong": wrong, "failures": len(failed), "open": waiting}
 

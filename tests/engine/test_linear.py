@@ -35,6 +35,9 @@ def outcome(module: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, torch.Ten
 @pytest.mark.parametrize("kind", KINDS)
 def test_packed_is_plain(kind: str, dtype: torch.dtype) -> None:
     module = frozen(kind, dtype)
+    if dtype == torch.bfloat16 and not linear._available(dtype):
+        assert pack_linear_layers(module) == 0  # as in the test of missing products below
+        pytest.skip("oneDNN has no bfloat16 products for this processor (it has no AVX-512)")
     inputs = {rows: torch.randn(1, rows, 48).to(dtype) for rows in (1, 7, 300)}
     plain = {rows: outcome(module, x) for rows, x in inputs.items()}
     assert pack_linear_layers(module) == 1 and isinstance(module.forward, FrozenLinear)
