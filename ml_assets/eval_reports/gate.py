@@ -29,7 +29,7 @@ Verdict = Literal["promote", "reject", "undecided"]
 ALL = "all rows"
 DISPUTED = 3
 """Rows that failed in production, were trained on and are wrong again, from which the rows are in doubt."""
-TOLERATED = 6
+TOLERATED = 4
 """Of so many rows that failed in production and that the champion has wrong as well, one may be wrong."""
 
 
