@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from ml_assets.engine.loading import Base
 
 KIND = "eval_report"
-REPORT_VERSION = "5"
+REPORT_VERSION = "4"
 """Raise when the same lines would give another report."""
 
 

@@ -29,8 +29,6 @@ Verdict = Literal["promote", "reject", "undecided"]
 ALL = "all rows"
 DISPUTED = 3
 """Rows that failed in production, were trained on and are wrong again, from which the rows are in doubt."""
-TOLERATED = 4
-"""Of so many rows that failed in production and that the champion has wrong as well, one may be wrong."""
 
 
 @dataclass(frozen=True)
@@ -249,9 +247,8 @@ def _must_pass(
 ) -> dict[str, Any]:
     """Must-pass rows: those of the YAML's file, and those that were wrong in production (`failed`), as far as
     a candidate can be held to them. It can where the champion has such a row right by now, and where it was
-    there to be trained on. One in TOLERATED of the latter may be wrong still, rounded down: the champion
-    that would stay has all of them wrong. Where a candidate gets DISPUTED or more of them wrong, and at least
-    half, something is wrong with the rows: they are listed, and stop nobody."""
+    there to be trained on. Where candidates get DISPUTED or more of the latter wrong, and at least half of
+    them, something is wrong with the rows: they are listed, and stop nobody."""
     failed = [row for row in rows if row.get("failed")]
     fixed = [r for r in failed if against == "champion" and reference.get(str(r["row"]), {}).get("right")]
     names = {row["row"] for row in fixed}
@@ -259,14 +256,7 @@ def _must_pass(
     taught = [row for row in open_ if row["failed"] == "trained"]
     missed = sum(not row["right"] for row in taught)
     disputed = missed >= DISPUTED and 2 * missed >= len(taught)
-    allowed = len(taught) // TOLERATED
-    tolerated = missed <= allowed
-    names |= {row["row"] for row in taught if not disputed and (row["right"] or not tolerated)}
-    if missed and tolerated:
-        notes.append(
-            f"failures in production: {missed} of {len(taught)} rows that were to be learned are still "
-            f"wrong; {allowed} may be"
-        )
+    names |= {row["row"] for row in taught if not disputed}
     if disputed:
         notes.append(
             f"failures in production: {missed} of {len(taught)} rows that were to be learned are answered "
@@ -278,10 +268,9 @@ def _must_pass(
     wrong = sorted(str(row["row"]) for row in chosen if not row["right"])
     if wrong:
         first = next(row for row in chosen if row["row"] == wrong[0])
-        may_be = f"{allowed} of the {len(taught)} that were to be learned" if allowed else "none"
         rejections.append(
-            f"must-pass: {len(wrong)} of {len(chosen)} rows are wrong, allowed are {may_be}; "
-            f"row {wrong[0][:12]} expected {_short(first['expected'])}, got {_short(first['answer'])}"
+            f"must-pass: {len(wrong)} of {len(chosen)} rows are wrong, allowed are none; row {wrong[0][:12]} "
+            f"expected {_short(first['expected'])}, got {_short(first['answer'])}"
         )
     return {"rows": len(chosen), "wrong": wrong, "failures": len(failed), "open": waiting}
 
