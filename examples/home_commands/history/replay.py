@@ -61,7 +61,7 @@ class Phase:
 
 PHASES = (
     Phase("commands of 2023", OLD, {"en": 1.0}, 2),
-    Phase("commands of 2026, German arrives", NEW, {"en": 0.7, "de": 0.3}, 4),
+    Phase("commands of 2026, German arrives", NEW, {"en": 0.7, "de": 0.3}, 3),
 )
 
 
@@ -102,7 +102,9 @@ def main() -> int:
         with brought_up(settings, Path(__file__).parent, show) as (specs, _, urls):
             replay = Replay(settings, specs[0], urls["gateway"], show)
             history = replay.run()
+            # before the last look, whose decision may start a training beside it
             without = replay.without_maintenance(history)
+            replay.wait_for_look()
             report(settings, history, without, urls, show)
     except OperationError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -118,13 +120,15 @@ class Replay:
     ) -> None:
         self.settings, self.spec, self.url, self.show = settings, spec, url, show
         self.history = History()
+        self.asked = 0
+        """Requests that were sent, and that looks are to have seen."""
         self.seen: set[str] = set()
 
     def run(self) -> History:
         """Live through all phases."""
         self.keys = self._households()
         self.first = self._release()
-        looked = self._looked()
+        self.asked = self._looked()
         for number, phase in enumerate(PHASES):
             self.show(f"from now on: {phase.title}")
             self.history.happened("phase", phase.title)
@@ -134,9 +138,9 @@ class Replay:
                 turns = asyncio.run(self._talk(number, part))
                 self.history.turns += turns
                 self.show(f"{len(self.history.turns)} requests; right: {share(turns):.0%} of the last ones")
-                looked += len(part)
-                self._wait_for_look(looked)
+                self.asked += len(part)
                 if (number + 1, look + 1) != (len(PHASES), phase.looks):  # nobody asks afterwards
+                    self.wait_for_look()
                     self._wait_for_action()
         return self.history
 
@@ -206,8 +210,9 @@ class Replay:
             note = book.notes(NAME).get(NAME, {}).get("look")
         return int(note.value["looked"]) if note else 0
 
-    def _wait_for_look(self, looked: int) -> None:
-        self._wait(LOOK_SECONDS, "the look at the traffic", lambda: self._looked() >= looked)
+    def wait_for_look(self) -> None:
+        """Until the system has looked at what was asked so far; shows what it decides."""
+        self._wait(LOOK_SECONDS, "the look at the traffic", lambda: self._looked() >= self.asked)
         self._tell()
 
     def _wait_for_action(self) -> None:
