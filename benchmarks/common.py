@@ -278,21 +278,22 @@ def alternate(
     variants: Mapping[str, Callable[[], Measurement]],
     rounds: int,
     left: Callable[[], float] = lambda: float("inf"),
+    first: int = 1,
 ) -> dict[str, Measured]:
-    """Measure every variant once, then again, `rounds` times: A B A B.
+    """Measure every variant once, then again, `rounds` times: A B A B. They are counted from `first`.
 
     `left` tells the seconds that remain: a measurement that took longer the time before is not repeated. A
     variant that raises Unavailable is left alone from then on.
     """
     results = {name: Measured() for name in variants}
     took: dict[str, float] = {}
-    for number in range(rounds):
+    for number in range(first, first + rounds):
         for name, measure in variants.items():
             result = results[name]
             if result.reason:
                 continue
             if left() < max(1.0, took.get(name, 0.0) * 1.2):
-                result.reason = f"no time for round {number + 1}"
+                result.reason = f"no time for round {number}"
                 continue
             start = time.monotonic()
             try:
@@ -302,7 +303,7 @@ def alternate(
                 say(f"{name}: {error}")
                 continue
             took[name] = time.monotonic() - start
-            say(f"round {number + 1}, {name}: {took[name]:.1f} s")
+            say(f"round {number}, {name}: {took[name]:.1f} s")
     return results
 
 

@@ -3,10 +3,12 @@
     python -m benchmarks.generation --quick
 
 Every variant gets the same token ids and may answer with the same number of tokens, in a process of its own
-with all cores. Slow ones answer a sample of the prompts, evenly spaced by length.
+with all cores. Slow ones answer a sample of the prompts, evenly spaced by length. Classification is timed on
+every task that has labels, since what their prompts share decides what scoring saves.
 """
 
 import functools
+import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -39,7 +41,7 @@ from benchmarks.training import RECIPE
 
 ADAPTERS = 8
 NEW_TOKENS = 24
-TOPICS = "news_topics"
+CLASSIFIED = tuple(name for name, task in tasks().items() if task.labels)
 LATER_SECONDS = 120
 """Of a quick run, kept for classification and mixed adapters."""
 MIXED_ROWS = 32
@@ -48,7 +50,7 @@ MIXED_ROWS = 32
 OURS, ONE, CONTINUOUS = "Evergreen", "transformers, one by one", "transformers, continuous batching"
 VLLM, LLAMA = "vLLM", "llama.cpp, Q4_1"
 BATCHED = {rows: f"transformers, sorted batches of {rows}" for rows in (16, 32)}
-LABELS, DECODED = "Evergreen, label scoring", "transformers, one by one "
+LABELS, DECODED = "Evergreen, label scoring", ONE
 OURS_MIXED, PEFT_MIXED = "Evergreen, 8 adapters mixed", "peft adapter_names, 8 adapters mixed"
 PEFT_TURNS, VLLM_MIXED = "peft set_adapter, one after the other", "vLLM, 8 adapters mixed"
 
@@ -85,11 +87,12 @@ class Run:
         self.dtype = ours.ask("load", directory=base)["dtype"]
         found = ours.ask("examples", task="headlines", first=0, count=self.count)
         self.prompts = [one["prompt"] for one in found["examples"]]
-        topics = ours.ask("examples", task=TOPICS, first=0, count=self.count)["examples"]
-        self.topics = [one["prompt"] for one in topics]
-        labels = tasks()[TOPICS].labels
-        self.expected = [labels.index(one["expected"]) for one in topics]
-        self.label_tokens = max(len(one["target"]) for one in topics)
+        self.classified: dict[str, list[list[int]]] = {}
+        self.label_tokens: dict[str, int] = {}
+        for task in CLASSIFIED:
+            rows = ours.ask("examples", task=task, first=0, count=self.count)["examples"]
+            self.classified[task] = [one["prompt"] for one in rows]
+            self.label_tokens[task] = max(len(one["target"]) for one in rows)
         self.adapters = self._adapters(base)
 
         limits = {"stop_ids": found["stop_ids"]}
@@ -173,16 +176,13 @@ class Run:
         for name in variants:
             if name in self.workers:
                 self.memory[name] = self.workers[name].peak_memory()
-        self.results |= alternate(
-            {
-                LABELS: self._choose,
-                DECODED: functools.partial(
-                    ask, ONE, "generate", self.sample, self.label_tokens, prompts=self.topics
-                ),
-            },
-            rounds,
-            left,
-        )
+        classified: dict[str, Callable[[], Measurement]] = {}
+        for task, prompts in self.classified.items():
+            classified[_of(task, LABELS)] = functools.partial(self._choose, task)
+            classified[_of(task, DECODED)] = functools.partial(
+                ask, ONE, "generate", few, self.label_tokens[task], prompts=prompts
+            )
+        self.results |= alternate(classified, rounds, left)
         # only now: a base with adapters, also when none is active, is not the bare base
         for name, path in self.adapters.items():
             self.workers[OURS].ask("attach", name=name, directory=path)
@@ -229,9 +229,10 @@ class Run:
             "token_rate": generated / found["seconds"],
         }
 
-    def _choose(self) -> Measurement:
-        found = self.workers[OURS].ask("choose", task=TOPICS, prompts=self.topics)
-        return found | {"prompts": len(self.topics), "rate": len(self.topics) / found["seconds"]}
+    def _choose(self, task: str) -> Measurement:
+        prompts = self.classified[task]
+        found = self.workers[OURS].ask("choose", task=task, prompts=prompts)
+        return found | {"prompts": len(prompts), "rate": len(prompts) / found["seconds"]}
 
     # -- results ---------------------------------------------------------------------------------------
 
@@ -244,10 +245,10 @@ class Run:
     def report(self) -> None:
         rate = {name: result.median("rate") for name, result in self.results.items()}
 
-        def row(name: str, reference: str, equal: str) -> list[str]:
+        def row(name: str, reference: str, equal: str, shown: str = "") -> list[str]:
             result = self.results[name]
             return [
-                name.strip(),
+                shown or name,
                 number(rate[name]),
                 number(result.median("token_rate"), 0),
                 number(ratio(rate[name], rate[reference])),
@@ -278,13 +279,20 @@ class Run:
                 [row(name, ONE, number(self.equal(name))) for name in (OURS, ONE, *peers)],
             )
         )
-        print(
-            table(
-                f"Classification: {TOPICS}, {len(tasks()[TOPICS].labels)} labels; times one-by-one decoding",
-                ["variant", *header],
-                [row(name, DECODED, "-") for name in (LABELS, DECODED)],
+        scoring: dict[str, float] = {}
+        for task, prompts in self.classified.items():
+            ours, theirs = _of(task, LABELS), _of(task, DECODED)
+            if found := ratio(rate[ours], rate[theirs]):
+                scoring[task] = found
+            mean, labels = sum(map(len, prompts)) / self.count, len(tasks()[task].labels)
+            print(
+                table(
+                    f"Classification: {task}, {labels} labels, prompts of {mean:.0f} tokens; times "
+                    "one-by-one decoding",
+                    ["variant", *header],
+                    [row(ours, theirs, "-", LABELS), row(theirs, theirs, "-", DECODED)],
+                )
             )
-        )
         mixed = [name for name in (OURS_MIXED, PEFT_MIXED, PEFT_TURNS, VLLM_MIXED) if name in self.results]
         print(
             table(
@@ -297,15 +305,22 @@ class Run:
             {
                 "vs_one_by_one": ratio(rate[OURS], rate[ONE]),
                 "vs_best_peer": ratio(rate[OURS], best(rate[name] for name in peers)),
-                "label_scoring_vs_one_by_one": ratio(rate[LABELS], rate[DECODED]),
+                "label_scoring_vs_one_by_one": round(statistics.median(scoring.values()), 3)
+                if scoring
+                else None,
                 "mixed_vs_peft": ratio(rate[OURS_MIXED], rate[PEFT_MIXED]),
                 "answers_equal": self.equal(OURS),
+                "label_scoring_vs_one_by_one_by_task": scoring,
             }
         )
 
     def _equal_mixed(self, name: str) -> float | None:
         """Compared with one adapter after the other."""
         return self.equal(name, PEFT_TURNS)
+
+
+def _of(task: str, variant: str) -> str:
+    return f"{task}: {variant}"
 
 
 if __name__ == "__main__":

@@ -4,12 +4,14 @@
 
 Every variant trains on the same token ids, for the same number of epochs and examples per step, in a
 process of its own with all cores. Useful tokens are the prompt and target tokens of the examples, counted the
-same for all, whatever a variant pads, packs or skips.
+same for all, whatever a variant pads, packs or skips. How much there is to skip depends on the task, so this
+project and the Trainer are timed on each; the others, and what is compared in detail, on the first.
 """
 
 import functools
 import shutil
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -54,19 +56,34 @@ QUALITY_SECONDS = 150
 LORA, COLD, WARM = "Evergreen, lora", "Evergreen, activated_lora, 3 epochs cold", "same, warm"
 TRAINER, PLANNED = "Trainer + peft", "Trainer + peft, our batches"
 SFT, PACKED = "SFTTrainer", "SFTTrainer, packed"
+PROCESS = {
+    LORA: "lora",
+    COLD: "activated",
+    WARM: "activated",
+    TRAINER: "trainer",
+    PLANNED: "trainer",
+    SFT: "sft",
+    PACKED: "packed",
+}
 
 
 def main() -> None:
     arguments = parser(str(__doc__).split("\n\n")[0])
-    arguments.add_argument("--task", default="headlines", choices=sorted(tasks()), help="task that is timed")
-    arguments.add_argument("--examples", type=int, help="training examples; default 256, with --quick 64")
+    arguments.add_argument(
+        "--tasks",
+        nargs="+",
+        choices=list(tasks()),
+        help="that are timed; default all, with --quick the first of the list",
+    )
+    arguments.add_argument("--examples", type=int, help="of each task; default 256, with --quick 64")
     arguments.add_argument("--batch-tokens", type=int, default=1024, help="tokens of one step")
     arguments.add_argument(
         "--evaluate", nargs="*", default=list(tasks()), choices=list(tasks()), help="tasks of the last table"
     )
     arguments.add_argument("--only", choices=["kinds"], help="the last table alone, without the timing")
     given = arguments.parse_args()
-    run = Run(options(given), given.task, given.examples or (64 if given.quick else 256), given.batch_tokens)
+    timed = given.tasks or list(tasks())[: 1 if given.quick else None]
+    run = Run(options(given), timed, given.examples or (64 if given.quick else 256), given.batch_tokens)
     with closing(run.workers):
         if given.only:
             run.start(["lora", "activated", "judge"])
@@ -81,19 +98,51 @@ def main() -> None:
     run.report(results, gap, points)
 
 
+@dataclass(frozen=True)
+class Material:
+    """What is trained on for one task. `batches` are the examples of each step here; peers take `rows`."""
+
+    task: str
+    examples: list[dict[str, Any]]
+    held_out: list[dict[str, Any]]
+    pad_id: int
+    batches: list[list[int]]
+
+    @property
+    def tokens(self) -> int:
+        return sum(len(one["prompt"]) + len(one["target"]) for one in self.examples)
+
+    @property
+    def rows(self) -> int:
+        return max(1, round(len(self.examples) / len(self.batches)))
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to train on one task."""
+
+    name: str
+    material: Material
+
+    @property
+    def key(self) -> str:
+        return f"{self.material.task}, {self.name}"
+
+
 class Run:
     """One run of the benchmark: its worker processes and what they were told."""
 
-    def __init__(self, given: Options, task: str, count: int, batch_tokens: int):
+    def __init__(self, given: Options, names: list[str], count: int, batch_tokens: int):
         self.options = given
-        self.task = task
+        self.names = names
         self.count = count
         self.recipe = {**RECIPE, "batch_tokens": batch_tokens}
         self.folder = given.cache / "training"
         self.workers: dict[str, Worker] = {}
         self.missing: dict[str, str] = {}
         self.rates: list[dict[str, float]] = []
-        self.examples: list[dict[str, Any]] = []
+        self.materials: list[Material] = []
+        self.variants: dict[str, Variant] = {}
         self.losses: dict[str, float] = {}
         self.memory: dict[str, int] = {}
 
@@ -118,111 +167,129 @@ class Run:
         for name in ("sft", "packed"):
             try:
                 python = peer_python(self.options.peers, "trl")
-                self.workers[name] = Worker(
-                    f"training-{name}", "benchmarks.peers.trainer", self.options, python
-                )
+                self.workers[name] = Worker(f"training-{name}", module, self.options, python)
             except Unavailable as error:
                 self.missing[name] = str(error)
         self.targets = read_json(Path(self.base) / "manifest.json")["lora_targets"]["all-linear"]
-
-        judge = self.workers["judge"]
-        found = judge.ask("examples", task=self.task, first=0, count=self.count)
-        self.examples, self.pad_id = found["examples"], found["pad_id"]
-        held_out = 40 if self.options.quick else 100
-        self.held_out = judge.ask("examples", task=self.task, first=self.count, count=held_out)["examples"]
-        self.tokens = sum(len(one["prompt"]) + len(one["target"]) for one in self.examples)
-        self.batches = judge.ask("plan", examples=self.examples, recipe=self.recipe | {"epochs": 1})[
-            "batches"
-        ]
-        self.rows = max(1, round(self.count / len(self.batches)))
-        say(
-            f"{self.task}: {self.count} examples, {self.tokens} tokens, {len(self.batches)} steps of about "
-            f"{self.rows} examples; {self.facts['dtype']}"
-        )
-        few = self.examples[: self.rows]
-        self.workers["lora"].ask("train", **self._ours("warm-up", 1) | {"examples": few})
+        self.materials = [self._material(name) for name in self.names]
+        first = self.materials[0]
+        few = first.examples[: first.rows]
+        self.workers["lora"].ask("train", **self._ours(Variant("warm-up", first), 1) | {"examples": few})
         for name in ("trainer", "sft", "packed"):
             if name in self.workers:
+                order = self._theirs(name, Variant("warm-up", first)) | {"examples": few}
                 try:
-                    self.workers[name].ask("train", **self._theirs(name, "warm-up") | {"examples": few})
+                    self.workers[name].ask("train", **order)
                 except Unavailable as error:
                     self.missing[name] = str(error)
 
-    def _ours(self, output: str, epochs: int) -> dict[str, Any]:
+    def _material(self, task: str) -> Material:
+        judge = self.workers["judge"]
+        found = judge.ask("examples", task=task, first=0, count=self.count)
+        held_out = 40 if self.options.quick else 100
+        others = judge.ask("examples", task=task, first=self.count, count=held_out)["examples"]
+        planned = judge.ask("plan", examples=found["examples"], recipe=self.recipe | {"epochs": 1})
+        material = Material(task, found["examples"], others, found["pad_id"], planned["batches"])
+        say(
+            f"{task}: {self.count} examples, {material.tokens} tokens, {len(material.batches)} steps of "
+            f"about {material.rows} examples; {self.facts['dtype']}"
+        )
+        return material
+
+    def _output(self, variant: Variant) -> str:
+        return str(self.folder / variant.key)
+
+    def _ours(self, variant: Variant, epochs: int) -> dict[str, Any]:
         return {
-            "examples": self.examples,
+            "examples": variant.material.examples,
             "recipe": self.recipe | {"epochs": epochs},
-            "output": str(self.folder / output),
+            "output": self._output(variant),
         }
 
-    def _theirs(self, name: str, output: str) -> dict[str, Any]:
+    def _theirs(self, name: str, variant: Variant) -> dict[str, Any]:
         return {
             "library": "transformers" if name == "trainer" else "trl",
             "base": self.base,
-            "examples": self.examples,
+            "examples": variant.material.examples,
             "recipe": self.recipe | {"epochs": 1},
             "targets": self.targets,
-            "output": str(self.folder / output),
+            "output": self._output(variant),
             "dtype": self.facts["dtype"],
-            "pad_id": self.pad_id,
-            "rows": self.rows,
+            "pad_id": variant.material.pad_id,
+            "rows": variant.material.rows,
             "packing": name == "packed",
         }
 
     # -- measuring -------------------------------------------------------------------------------------
 
     def measure(self) -> dict[str, Measured]:
-        """Rounds of every variant."""
-        variants: dict[str, Callable[[], Measurement]] = {
-            LORA: self._lora,
-            TRAINER: functools.partial(self._peer, "trainer", TRAINER),
-            SFT: functools.partial(self._peer, "sft", SFT),
-            PACKED: functools.partial(self._peer, "packed", PACKED),
-            COLD: functools.partial(self._activated, COLD),
-            WARM: functools.partial(self._activated, WARM),
-        }
-        results = alternate(variants, self.options.rounds, lambda: self.options.left() - QUALITY_SECONDS)
-        once = {PLANNED: functools.partial(self._peer, "trainer", PLANNED, batches=self.batches)}
-        results |= alternate(once, 1, self.options.left)
+        """Rounds of every variant, by its key; of those that are timed on the first task alone, one."""
+        often: dict[str, Callable[[], Measurement]] = {}
+        once: dict[str, Callable[[], Measurement]] = {}
+        for material in self.materials:
+            for name in (LORA, TRAINER, COLD, WARM):
+                variant = self._variant(name, material)
+                often[variant.key] = functools.partial(self._measured, variant)
+        for name in (SFT, PACKED, PLANNED):
+            variant = self._variant(name, self.materials[0])
+            once[variant.key] = functools.partial(self._measured, variant)
+
+        def left() -> float:
+            return self.options.left() - QUALITY_SECONDS
+
+        # what is measured once comes after a round of the rest, so that a quick run has something of all
+        results = alternate(often, 1, left) | alternate(once, 1, left)
+        again = {key: measure for key, measure in often.items() if not results[key].reason}
+        for key, found in alternate(again, self.options.rounds - 1, left, first=2).items():
+            results[key] = Measured(results[key].rounds + found.rounds, found.reason)
         self.memory = {name: worker.peak_memory() for name, worker in self.workers.items()}
         return results
 
-    def _rate(self, answer: Measurement, epochs: int = 1) -> Measurement:
-        return answer | {"rate": self.tokens * epochs / answer["seconds"]}
+    def _variant(self, name: str, material: Material) -> Variant:
+        variant = Variant(name, material)
+        self.variants[variant.key] = variant
+        return variant
 
-    def _lora(self) -> Measurement:
-        self.rates.append(self.workers["lora"].ask("matmul")["rates"])
-        return self._rate(self.workers["lora"].ask("train", **self._ours(LORA, 1)))
-
-    def _activated(self, variant: str) -> Measurement:
-        worker, cache = self.workers["activated"], self.folder / "prompts"
-        if variant == COLD:
-            worker.ask("forget")
-            shutil.rmtree(cache, ignore_errors=True)
-        found = worker.ask(
-            "train", **self._ours(variant, ACTIVATED_EPOCHS), kind="activated_lora", cache=str(cache)
-        )
-        return self._rate(found, ACTIVATED_EPOCHS)
-
-    def _peer(self, name: str, output: str, **extra: Any) -> Measurement:
+    def _measured(self, variant: Variant) -> Measurement:
+        if variant.name == LORA:
+            self.rates.append(self.workers["lora"].ask("matmul")["rates"])
+            return self._rate(variant, self.workers["lora"].ask("train", **self._ours(variant, 1)))
+        if variant.name in (COLD, WARM):
+            return self._rate(variant, self._activated(variant), ACTIVATED_EPOCHS)
+        name = PROCESS[variant.name]
         if name in self.missing:
             raise Unavailable(self.missing[name])
-        return self._rate(self.workers[name].ask("train", **self._theirs(name, output), **extra))
+        extra = {"batches": variant.material.batches} if variant.name == PLANNED else {}
+        return self._rate(variant, self.workers[name].ask("train", **self._theirs(name, variant), **extra))
+
+    def _rate(self, variant: Variant, answer: Measurement, epochs: int = 1) -> Measurement:
+        return answer | {"rate": variant.material.tokens * epochs / answer["seconds"]}
+
+    def _activated(self, variant: Variant) -> Measurement:
+        worker, cache = self.workers["activated"], self.folder / f"{variant.material.task} prompts"
+        if variant.name == COLD:
+            worker.ask("forget")
+            shutil.rmtree(cache, ignore_errors=True)
+        order = self._ours(variant, ACTIVATED_EPOCHS)
+        return worker.ask("train", **order, kind="activated_lora", cache=str(cache))
 
     def compare_losses(self, results: dict[str, Measured]) -> float | None:
         """Held-out loss of every adapter. Returns the gap between ours and the Trainer's on our batches."""
         judge = self.workers["judge"]
         try:
-            self.losses["base"] = judge.ask("nll", examples=self.held_out)["nll"]
-            for name, result in results.items():
+            for material in self.materials:
+                order = {"examples": material.held_out}
+                self.losses[f"{material.task}, base"] = judge.ask("nll", **order)["nll"]
+            for key, result in results.items():
                 if result.rounds:
-                    judge.ask("attach", name="judged", directory=str(self.folder / name))
-                    self.losses[name] = judge.ask("nll", examples=self.held_out, adapter="judged")["nll"]
+                    variant = self.variants[key]
+                    judge.ask("attach", name="judged", directory=self._output(variant))
+                    order = {"examples": variant.material.held_out, "adapter": "judged"}
+                    self.losses[key] = judge.ask("nll", **order)["nll"]
         except Unavailable as error:
             say(f"held-out losses: {error}")
-        if LORA not in self.losses or PLANNED not in self.losses:
-            return None
-        return round(abs(self.losses[LORA] - self.losses[PLANNED]), 5)
+        ours, theirs = (self.losses.get(Variant(name, self.materials[0]).key) for name in (LORA, PLANNED))
+        return round(abs(ours - theirs), 5) if ours is not None and theirs is not None else None
 
     def compare_kinds(self, names: list[str]) -> dict[str, dict[str, float]]:
         """Points of the base and of both adapter kinds, each trained for 3 epochs, by task."""
@@ -243,7 +310,11 @@ class Run:
                         rows = judge.ask("examples", task=name, first=0, count=count)["examples"]
                     if worker:
                         output = self.folder / f"{name}-{kind}"
-                        order = self._ours(output.name, ACTIVATED_EPOCHS) | {"examples": rows[:train]}
+                        order = {
+                            "examples": rows[:train],
+                            "recipe": self.recipe | {"epochs": ACTIVATED_EPOCHS},
+                            "output": str(output),
+                        }
                         self.workers[worker].ask("train", **order, kind=kind, cache=f"{output}-prompts")
                         judge.ask("attach", name="judged", directory=str(output))
                     order = {"task": name, "examples": rows[train:], "adapter": "judged" if worker else None}
@@ -260,23 +331,84 @@ class Run:
     def report(
         self, results: dict[str, Measured], gap: float | None, points: dict[str, dict[str, float]]
     ) -> None:
-        process = {LORA: "lora", COLD: "activated", WARM: "activated", TRAINER: "trainer", SFT: "sft"}
-        process |= {PLANNED: "trainer", PACKED: "packed"}
-        rate = {name: result.median("rate") for name, result in results.items()}
-        rows: list[list[str]] = []
-        for name, result in results.items():
-            memory = self.memory.get(process[name]) if result.rounds else None
-            rows.append(
+        rate = {key: result.median("rate") for key, result in results.items()}
+        for material in self.materials:
+            print(table(*self._timing(material, results, rate)))
+
+        first = self.materials[0]
+        lora = Variant(LORA, first).key
+        trained = results[lora].last("lora_weights")
+        work = (4 * self.facts["body_weights"] + 6 * trained) / 1e9 if trained else 0.0
+        formats = {name: _median([found[name] for found in self.rates]) for name in ("float32", "bfloat16")}
+        done = (rate[lora] or 0.0) * work
+        share = {name: ratio(done or None, value) for name, value in formats.items()}
+        print(
+            table(
+                f"Matrix products of exact LoRA on {first.task}: {done:,.0f} GFLOP/s of {work:.3f} GFLOP per "
+                "useful token",
+                ["number format", "GFLOP/s", "share reached"],
+                [[name, number(value, 0), number(share[name])] for name, value in formats.items()],
+            )
+        )
+        report_kinds(points)
+
+        def times(name: str) -> dict[str, float]:
+            """Of the Trainer's rate, by task."""
+            found = {
+                material.task: ratio(rate[Variant(name, material).key], rate[Variant(TRAINER, material).key])
+                for material in self.materials
+            }
+            return {task: value for task, value in found.items() if value is not None}
+
+        def middle(name: str) -> float | None:
+            value = _median(list(times(name).values()))
+            return None if value is None else round(value, 3)
+
+        peers = best([rate[Variant(name, first).key] for name in (SFT, PACKED)])
+        print_json(
+            {
+                "lora_vs_trainer": middle(LORA),
+                "activated_vs_trainer": middle(COLD),
+                "lora_vs_sft": ratio(rate[lora], peers),
+                "lora_of_matmul_rate": share["bfloat16"],
+                "loss_gap": gap,
+                "activated_warm_vs_trainer": middle(WARM),
+                "lora_of_best_matmul_rate": share.get(self.facts["dtype"]),
+                "activated_points_lost": points_lost(points),
+                "lora_vs_trainer_by_task": times(LORA),
+                "activated_vs_trainer_by_task": times(COLD),
+                "activated_warm_vs_trainer_by_task": times(WARM),
+            }
+        )
+
+    def _timing(
+        self, material: Material, results: dict[str, Measured], rate: dict[str, float | None]
+    ) -> tuple[str, list[str], list[list[str]]]:
+        """Title, header and lines of the table of one task."""
+        lines: list[list[str]] = []
+        trainer = rate[Variant(TRAINER, material).key]
+        for key, result in results.items():
+            variant = self.variants[key]
+            if variant.material is not material:
+                continue
+            memory = self.memory.get(PROCESS[variant.name]) if result.rounds else None
+            lines.append(
                 [
-                    name,
-                    number(rate[name], 0),
-                    number(ratio(rate[name], rate[TRAINER])),
+                    variant.name,
+                    number(rate[key], 0),
+                    number(ratio(rate[key], trainer)),
                     megabytes(memory),
-                    number(self.losses.get(name), 4),
+                    number(self.losses.get(key), 4),
                     str(len(result.rounds)),
                     result.reason,
                 ]
             )
+        before = number(self.losses.get(f"{material.task}, base"), 4)
+        title = (
+            f"Training: {material.task}, {self.count} examples, {material.tokens} tokens, "
+            f"{len(material.batches)} steps an epoch, rank {self.recipe['rank']}, {self.facts['dtype']}; "
+            f"held-out NLL of the base {before}"
+        )
         header = [
             "variant",
             "useful tokens/s",
@@ -286,39 +418,7 @@ class Run:
             "rounds",
             "note",
         ]
-        before = number(self.losses.get("base"), 4)
-        title = (
-            f"Training: {self.task}, {self.count} examples, {len(self.batches)} steps an epoch, rank "
-            f"{self.recipe['rank']}, {self.facts['dtype']}; held-out NLL of the base {before}"
-        )
-        print(table(title, header, rows))
-
-        trained = results[LORA].last("lora_weights")
-        work = (4 * self.facts["body_weights"] + 6 * trained) / 1e9 if trained else 0.0
-        formats = {name: _median([found[name] for found in self.rates]) for name in ("float32", "bfloat16")}
-        done = (rate[LORA] or 0.0) * work
-        share = {name: ratio(done or None, value) for name, value in formats.items()}
-        used = share.get(self.facts["dtype"])
-        print(
-            table(
-                f"Matrix products: {done:,.0f} GFLOP/s of {work:.3f} GFLOP per useful token",
-                ["number format", "GFLOP/s", "share reached"],
-                [[name, number(value, 0), number(share[name])] for name, value in formats.items()],
-            )
-        )
-        report_kinds(points)
-        print_json(
-            {
-                "lora_vs_trainer": ratio(rate[LORA], rate[TRAINER]),
-                "activated_vs_trainer": ratio(rate[COLD], rate[TRAINER]),
-                "lora_vs_sft": ratio(rate[LORA], best([rate[SFT], rate[PACKED]])),
-                "lora_of_matmul_rate": share["bfloat16"],
-                "loss_gap": gap,
-                "activated_warm_vs_trainer": ratio(rate[WARM], rate[TRAINER]),
-                "lora_of_best_matmul_rate": used,
-                "activated_points_lost": points_lost(points),
-            }
-        )
+        return title, header, lines
 
 
 def report_kinds(points: dict[str, dict[str, float]]) -> None:
