@@ -1,15 +1,19 @@
 """Log-probabilities of answers and texts: fingerprints, forgetting probes, labels to choose from."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 
 from ml_assets.engine.forward import LOGITS, answer_log_probs, shared_prefix
 from ml_assets.engine.loading import Base
-from ml_assets.engine.packing import Branches, Packing, hidden_states, logits_of
+from ml_assets.engine.packing import Branches, Packing, Past, hidden_states, logits_of
 
 LABEL_TOKENS = 4096
 """Tokens of prompts and labels in one pass."""
+
+SMALL_TREE = 16
+"""Tokens of a tree of labels up to which it is computed in the prompts' own pass."""
 
 
 def mean_logprobs(
@@ -97,7 +101,33 @@ def choose_labels(
     adapters: Sequence[str | None] | None = None,
 ) -> list[int]:
     """Number of the most probable label after each prompt; of equals the first."""
-    return [int(row.argmax()) for row in label_log_probs(base, prompts, labels, adapters)]
+    return [label for label, _ in best_labels(base, prompts, labels, adapters)]
+
+
+@torch.inference_mode()
+def best_labels(
+    base: Base,
+    prompts: Sequence[Sequence[int]],
+    labels: Sequence[Sequence[int]],
+    adapters: Sequence[str | None] | None = None,
+) -> list[tuple[int, float]]:
+    """The most probable label after each prompt, of equals the first: its number, and its log-probability as
+    in `label_log_probs`, which says more about the arguments.
+
+    A label is at most as probable as its first token. Where the tree of labels is not small, prompts are
+    computed alone, then the labels behind the most probable first token, then those that could still be
+    better, as a tree where they are many (branch and bound: Land and Doig 1960, Econometrica 28).
+    """
+    tree = _Tree(labels)
+    if not base.packs or len(tree.branches.tokens) <= SMALL_TREE:
+        scores = label_log_probs(base, prompts, labels, adapters)
+        return [(int(row.argmax()), float(row.max())) for row in scores]
+    adapters = _adapters(base, prompts, adapters)
+    results: dict[int, tuple[int, float]] = {}
+    for batch in _label_batches(prompts, adapters, 0):
+        found = _search(base, tree, labels, [prompts[i] for i in batch], [adapters[i] for i in batch])
+        results.update(zip(batch, found, strict=True))
+    return [results[i] for i in range(len(prompts))]
 
 
 @torch.inference_mode()
@@ -114,11 +144,8 @@ def label_log_probs(
     the tree of all labels behind each, what labels or prompts begin with in common once. Raises ValueError
     when there is no label, one is empty, or two are the same.
     """
-    if not labels or not all(labels) or len({tuple(label) for label in labels}) < len(labels):
-        raise ValueError(f"expected distinct labels of at least one token, found {[*map(list, labels)]}")
-    if adapters is None:
-        active = base.lora.route.names
-        adapters = [active[0] if active else None] * len(prompts)
+    tree = _Tree(labels)
+    adapters = _adapters(base, prompts, adapters)
     results: dict[int, torch.Tensor] = {}
     if not base.packs:
         for i, (prompt, name) in enumerate(zip(prompts, adapters, strict=True)):
@@ -126,17 +153,31 @@ def label_log_probs(
                 found = answer_log_probs(base, [(prompt, label) for label in labels])
             results[i] = torch.stack([value.sum() for value in found])
         return [results[i] for i in range(len(prompts))]
-    tree = _Tree(labels)
+    for batch in _label_batches(prompts, adapters, len(tree.branches.tokens)):
+        found = _score(base, tree, [prompts[i] for i in batch], [adapters[i] for i in batch])
+        results.update(zip(batch, found, strict=True))
+    return [results[i] for i in range(len(prompts))]
+
+
+def _adapters(
+    base: Base, prompts: Sequence[Sequence[int]], adapters: Sequence[str | None] | None
+) -> Sequence[str | None]:
+    active = base.lora.route.names
+    return adapters if adapters is not None else [active[0] if active else None] * len(prompts)
+
+
+def _label_batches(
+    prompts: Sequence[Sequence[int]], adapters: Sequence[str | None], behind: int
+) -> Iterator[list[int]]:
+    """Numbers of the prompts of each pass, with so many tokens `behind` every one."""
     order = sorted(range(len(prompts)), key=lambda i: (adapters[i] or "", len(prompts[i])))
     while order:
         tokens, n = 0, 0
         while n < len(order) and (n == 0 or tokens + len(prompts[order[n]]) <= LABEL_TOKENS):
-            tokens += len(prompts[order[n]]) + len(tree.branches.tokens)
+            tokens += len(prompts[order[n]]) + behind
             n += 1
-        batch, order = order[:n], order[n:]
-        found = _score(base, tree, [prompts[i] for i in batch], [adapters[i] for i in batch])
-        results.update(zip(batch, found, strict=True))
-    return [results[i] for i in range(len(prompts))]
+        yield order[:n]
+        order = order[n:]
 
 
 class _Tree:
@@ -144,6 +185,8 @@ class _Tree:
     (node, next token) whose log-probabilities are wanted, `paths` the edges of each label."""
 
     def __init__(self, labels: Sequence[Sequence[int]]):
+        if not labels or not all(labels) or len({tuple(label) for label in labels}) < len(labels):
+            raise ValueError(f"expected distinct labels of at least one token, found {[*map(list, labels)]}")
         nodes: dict[tuple[int, ...], int] = {(): 0}
         tokens: list[int] = []
         parents: list[int] = []
@@ -164,17 +207,34 @@ class _Tree:
         self.tokens = torch.tensor([token for _, token in edges])
 
 
-def _score(
-    base: Base, tree: _Tree, prompts: Sequence[Sequence[int]], adapters: Sequence[str | None]
-) -> list[torch.Tensor]:
-    device, size = base.device, len(tree.branches.tokens)
+@dataclass(frozen=True)
+class _Prompts:
+    """Prompts after their pass: last hidden states of its tokens, and the token of each prompt from which its
+    adapter works."""
+
+    prompts: Sequence[Sequence[int]]
+    adapters: Sequence[str | None]
+    packing: Packing
+    hidden: torch.Tensor
+    active: list[int]
+
+
+def _computed(
+    base: Base,
+    prompts: Sequence[Sequence[int]],
+    adapters: Sequence[str | None],
+    branches: Branches | None = None,
+    capture: bool = False,
+) -> _Prompts:
+    """One pass over the prompts, what they begin with in common once, with `branches` behind each."""
     active = [base.active_from(name, prompt) for name, prompt in zip(adapters, prompts, strict=True)]
     shared = shared_prefix(prompts)
     keys = {(n, s) if s < shared else None for n, s in zip(adapters, active, strict=True)}
     if len(keys) > 1:  # what one row's adapter computes is not another's
         shared = min(active)
     rest = [prompt[shared:] for prompt in prompts]
-    packing = Packing(rest, device, prefix=prompts[0][:shared], branches=tree.branches)
+    prefix = prompts[0][:shared]
+    packing = Packing(rest, base.device, prefix=prefix, branches=branches, capture=capture)
     names, starts = [adapters[0], *adapters], [active[0], *(max(0, start - shared) for start in active)]
     # an adapter that was not invoked does not work on the labels either
     lengths = [shared, *packing.lengths]
@@ -183,14 +243,150 @@ def _score(
         for first, start, prompt, length in zip(starts[1:], active, prompts, packing.lengths, strict=True)
     ]
     with base.lora.routed(base.lora.for_rows(names, lengths, starts)):
-        hidden = hidden_states(base.model, packing)
-    ends = [start + length - size - 1 for start, length in zip(packing.starts, packing.lengths, strict=True)]
-    chosen = torch.tensor(ends, device=device)[:, None] + torch.arange(size + 1, device=device)
-    nodes, tokens = tree.nodes.to(device), tree.tokens.to(device)
-    rows = max(1, LOGITS // (base.vocabulary * (size + 1)))
+        return _Prompts(prompts, adapters, packing, hidden_states(base.model, packing), active)
+
+
+def _score(
+    base: Base, tree: _Tree, prompts: Sequence[Sequence[int]], adapters: Sequence[str | None]
+) -> list[torch.Tensor]:
+    size = len(tree.branches.tokens)
+    found = _computed(base, prompts, adapters, tree.branches)
+    nodes = _ends(found.packing, size)[:, None] + torch.arange(size + 1)
+    return list(_sums(base, tree, found.hidden, nodes, 0))
+
+
+def _sums(base: Base, tree: _Tree, hidden: torch.Tensor, at: torch.Tensor, first: int) -> torch.Tensor:
+    """Log-probabilities of labels from their token `first` (0 or 1) on, (rows, labels). `at` says where the
+    hidden states of the nodes from `first` on are, (rows, nodes from `first` on)."""
+    device = base.device
+    wanted = tree.nodes >= first
+    nodes, tokens = (tree.nodes[wanted] - first).to(device), tree.tokens[wanted].to(device)
     found: list[torch.Tensor] = []
-    for part in chosen.split(rows):
+    for part in at.to(device).split(max(1, LOGITS // (base.vocabulary * at.shape[1]))):
         logits = logits_of(base.model, hidden[part.flatten()]).float().view(*part.shape, -1)
-        edges = logits[:, nodes, tokens] - logits.logsumexp(-1)[:, nodes]
-        found += torch.stack([edges[:, path].sum(-1) for path in tree.paths], dim=-1)
-    return found
+        edges = torch.zeros(len(part), len(tree.nodes), device=device)
+        edges[:, wanted.to(device)] = logits[:, nodes, tokens] - logits.logsumexp(-1)[:, nodes]
+        found.append(torch.stack([edges[:, path].sum(-1) for path in tree.paths], dim=-1))
+    return torch.cat(found)
+
+
+def _ends(packing: Packing, behind: int = 0) -> torch.Tensor:
+    """Where the last token of each sequence is, without so many `behind` it."""
+    ends = [
+        start + length - behind - 1 for start, length in zip(packing.starts, packing.lengths, strict=True)
+    ]
+    return torch.tensor(ends)
+
+
+def _search(
+    base: Base,
+    tree: _Tree,
+    labels: Sequence[Sequence[int]],
+    prompts: Sequence[Sequence[int]],
+    adapters: Sequence[str | None],
+) -> list[tuple[int, float]]:
+    """The best label behind each prompt, and its log-probability."""
+    found = _computed(base, prompts, adapters, capture=True)
+    logits = logits_of(base.model, found.hidden[_ends(found.packing).to(base.device)]).float()
+    firsts = torch.tensor([label[0] for label in labels], device=base.device)
+    bounds = logits[:, firsts] - logits.logsumexp(-1, keepdim=True)
+    scores = torch.full_like(bounds, -torch.inf)
+    _score_pairs(base, found, labels, bounds, scores, bounds == bounds.amax(-1, keepdim=True))
+    open_ = (scores == -torch.inf) & (bounds >= scores.amax(-1, keepdim=True))
+    size = len(tree.branches.tokens)
+    rests = torch.tensor([len(label) - 1 for label in labels], device=base.device)
+    few = 2 * (open_ * rests).sum(-1) <= size
+    _score_pairs(base, found, labels, bounds, scores, open_ & few[:, None])
+    for some in _parts(found.packing, (open_.any(-1) & ~few).nonzero().tolist()):
+        rows = [row for (row,) in some]
+        packing, hidden = _pass_behind(base, found, rows, [()] * len(rows), tree.branches)
+        nodes = torch.tensor(packing.starts)[:, None] + torch.arange(size)
+        scores[rows] = bounds[rows] + _sums(base, tree, hidden, nodes, 1)
+    chosen = scores.argmax(-1)
+    return [(int(label), float(scores[row, label])) for row, label in enumerate(chosen)]
+
+
+def _score_pairs(
+    base: Base,
+    found: _Prompts,
+    labels: Sequence[Sequence[int]],
+    bounds: torch.Tensor,
+    scores: torch.Tensor,
+    chosen: torch.Tensor,
+) -> None:
+    """Fill in the scores (rows, labels) that are `chosen`."""
+    for some in _parts(found.packing, chosen.nonzero().tolist()):
+        values = _behind(base, found, [(row, labels[label]) for row, label in some])
+        for (row, label), value in zip(some, values, strict=True):
+            scores[row, label] = bounds[row, label] + value
+
+
+def _parts(packing: Packing, items: Sequence[list[int]]) -> Iterator[list[list[int]]]:
+    """`items`, which begin with the number of a prompt, in parts whose prompts have at most LABEL_TOKENS
+    tokens together, or one item."""
+    part: list[list[int]] = []
+    tokens = 0
+    for item in items:
+        size = packing.prefix + packing.lengths[item[0]]
+        if part and tokens + size > LABEL_TOKENS:
+            yield part
+            part, tokens = [], 0
+        part.append(item)
+        tokens += size
+    if part:
+        yield part
+
+
+def _behind(base: Base, found: _Prompts, pairs: Sequence[tuple[int, Sequence[int]]]) -> list[float]:
+    """Log-probability of a label's tokens after its first, for (prompt, label) pairs."""
+    sums = [0.0] * len(pairs)
+    longer = [i for i, (_, label) in enumerate(pairs) if len(label) > 1]
+    if not longer:
+        return sums
+    rows, sequences = [pairs[i][0] for i in longer], [pairs[i][1][:-1] for i in longer]
+    packing, hidden = _pass_behind(base, found, rows, sequences)
+    wanted = torch.tensor([token for i in longer for token in pairs[i][1][1:]], device=base.device)
+    most = max(1, LOGITS // base.vocabulary)
+    values = torch.cat(
+        [
+            logits_of(base.model, part).float().log_softmax(-1).gather(-1, tokens[:, None])[:, 0]
+            for part, tokens in zip(hidden.split(most), wanted.split(most), strict=True)
+        ]
+    )
+    for i, part in zip(longer, values.split(packing.lengths), strict=True):
+        sums[i] = float(part.sum())
+    return sums
+
+
+def _pass_behind(
+    base: Base,
+    found: _Prompts,
+    rows: Sequence[int],
+    sequences: Sequence[Sequence[int]],
+    branches: Branches | None = None,
+) -> tuple[Packing, torch.Tensor]:
+    """Sequences behind computed prompts, each with `branches` behind it; and their hidden states."""
+    packing = Packing(sequences, base.device, past=_past(found.packing, rows), branches=branches)
+    starts = [
+        0 if found.active[row] < len(found.prompts[row]) else length
+        for row, length in zip(rows, packing.lengths, strict=True)
+    ]
+    names = [found.adapters[row] for row in rows]
+    with base.lora.routed(base.lora.for_rows(names, packing.lengths, starts)):
+        return packing, hidden_states(base.model, packing)
+
+
+def _past(packing: Packing, rows: Sequence[int]) -> Past:
+    """Prefix and sequence of some rows of a packing, as the past of what comes behind them."""
+    assert packing.captured is not None
+    lengths = [packing.prefix + packing.lengths[row] for row in rows]
+    index = torch.zeros(len(rows), max(lengths), dtype=torch.long)
+    for i, row in enumerate(rows):
+        start, length = packing.starts[row], packing.lengths[row]
+        index[i, : lengths[i]] = torch.tensor([*range(packing.prefix), *range(start, start + length)])
+    index = index.to(packing.input_ids.device)
+    values = {
+        module: (k[0][:, index].transpose(0, 1), v[0][:, index].transpose(0, 1))
+        for module, (k, v) in packing.captured.items()
+    }
+    return Past(values, lengths)

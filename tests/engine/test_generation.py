@@ -1,7 +1,7 @@
 """Batched generation gives what `generate` gives one by one, for every architecture, in float32."""
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +12,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny_models import ARCHITECTURES
 
-from ml_assets.engine.forward import answer_log_probs
+from ml_assets.engine import scoring
+from ml_assets.engine.forward import answer_log_probs, output_head
 from ml_assets.engine.generation import Decoder, Event, FallbackDecoder, PrefixCache, Row, generate
 from ml_assets.engine.loading import Base
 from ml_assets.engine.lora import Adapter, new_adapter
-from ml_assets.engine.scoring import choose_labels, label_log_probs, mean_logprobs, text_nll
+from ml_assets.engine.packing import Packing, hidden_states
+from ml_assets.engine.scoring import best_labels, choose_labels, label_log_probs, mean_logprobs, text_nll
 
 TEXTS = [
     "turn on the light",
@@ -367,11 +369,56 @@ def test_label_scores_equal_brute_force(architecture: str, packs: bool, tmp_path
         assert torch.allclose(torch.stack(values), torch.stack(same), atol=2e-4)
 
 
+@pytest.mark.parametrize("limit", [scoring.LABEL_TOKENS, 30])
+@pytest.mark.parametrize("make", [sharp_base, tiny_base])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_the_best_label_is_found_without_computing_all(
+    architecture: str, make: Callable[..., Base], limit: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = make(architecture, tmp_path)
+    add_adapter(base, "a", 1, architecture)
+    add_adapter(base, "later", 2, architecture).invocation = base.chat.invocation_ids()
+    words = ("alpha", "beta", "gamma", "delta", "epsilon", "zeta")
+    texts = [*words, *(f"{a} {b}" for a in words for b in words[:2]), "alphabet"]
+    labels = [*(base.chat.target_ids(text) for text in texts), [base.chat.target_ids("eta")[0]]]
+    asked = [*prompts(base), *prompts(base, SYSTEM)]
+    adapters = [("a", "later", None)[i % 3] for i in range(len(asked))]
+    expected = label_log_probs(base, asked, labels, adapters)
+    monkeypatch.setattr(scoring, "LABEL_TOKENS", limit)
+    found = best_labels(base, asked, labels, adapters)
+    for (label, value), values in zip(found, expected, strict=True):
+        assert value == pytest.approx(float(values.max()), abs=2e-4)
+        assert float(values[label]) == pytest.approx(float(values.max()), abs=2e-4)
+
+
+def test_labels_that_can_not_win_are_not_computed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = sharp_base("llama", tmp_path)
+    with torch.no_grad():
+        output_head(base.model).weight.mul_(30.0)  # as sure as a trained model
+    asked = prompts(base)
+    right = [answer.token_ids for answer in generate(base, asked, 4)]
+    others = [[token, *right[0][1:]] for token in range(20, 40) if token not in {ids[0] for ids in right}]
+    labels = [*{tuple(ids): ids for ids in right if ids}.values(), *others]
+    passes: list[list[int]] = []
+
+    def counted(model: torch.nn.Module, packing: Packing) -> torch.Tensor:
+        passes.append(packing.lengths)
+        return hidden_states(model, packing)
+
+    monkeypatch.setattr(scoring, "hidden_states", counted)
+    found = best_labels(base, asked, labels)
+    assert [labels[label] for label, _ in found] == right
+    assert sum(len(ids) - 1 for ids in right) > 0
+    assert [sum(lengths) for lengths in passes[1:]] == [sum(len(ids) - 1 for ids in right)]
+
+
 def test_labels_must_differ(tmp_path: Path) -> None:
     base = tiny_base("llama", tmp_path)
     for labels in ([], [[]], [[1, 2], [1, 2]]):
         with pytest.raises(ValueError, match="expected distinct labels"):
             label_log_probs(base, [[5]], labels)
+        with pytest.raises(ValueError, match="expected distinct labels"):
+            best_labels(base, [[5]], labels)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

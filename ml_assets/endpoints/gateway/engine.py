@@ -833,21 +833,20 @@ class Engine:
             waiting = self._waiting.pop(version)
             requests = [waiting.popleft() for _ in range(min(LABEL_ROWS, len(waiting)))]
             self._waiting[version] = waiting  # behind the others now
-        from ml_assets.engine.scoring import label_log_probs
+        from ml_assets.engine.scoring import best_labels
 
         start = time.monotonic()
         names, tokens = list(version.labels), list(version.labels.values())
         prompts = [request.prompt for request in requests]
         try:
             adapters = [version.adapter_digest] * len(prompts)
-            scores = label_log_probs(version.ready.base, prompts, tokens, adapters)
+            found = best_labels(version.ready.base, prompts, tokens, adapters)
         except Exception as error:
             self._fail(version, requests, error)
             return
-        for request, score in zip(requests, scores, strict=True):
+        for request, (label, score) in zip(requests, found, strict=True):
             if not request.cancelled:
-                label = int(score.argmax())
-                mean = float(score[label]) / len(tokens[label])
+                mean = score / len(tokens[label])
                 request.choose(names[label].strip(), len(tokens[label]) - 1, mean)
         self._pace.add(len(requests), len(requests), time.monotonic() - start)
 
