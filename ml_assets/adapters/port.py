@@ -219,7 +219,7 @@ def _make_starts(
     manifest: Mapping[str, Any],
     staging: Path,
 ) -> None:
-    from ml_assets.engine.copying import NoStart, read_old, starts
+    from ml_assets.engine.copying import NoStart, fits, read_old, starts
     from ml_assets.engine.lora import IncompatibleAdapter
     from ml_assets.engine.training import save_adapter
 
@@ -230,10 +230,12 @@ def _make_starts(
     try:
         with teacher(store, home, parent, parent_base) as old:
             adapter = old.lora.adapters[TEACHER]
-            rows = load_rows(inputs.dataset_directory, "train")[:COMPARED_TEXTS]
-            examples = training_examples(base, inputs.spec.prompt, rows)
-            # the end of a row: what comes before is often the same in all of them
-            texts = [[*e.prompt, *e.target][-TEXT_TOKENS:] for e in examples] if same_tokens else []
+            texts: list[list[int]] = []
+            if same_tokens and not fits(base, targets, old, adapter):
+                rows = load_rows(inputs.dataset_directory, "train")[:COMPARED_TEXTS]
+                examples = training_examples(base, inputs.spec.prompt, rows)
+                # the end of a row: what comes before is often the same in all of them
+                texts = [[*e.prompt, *e.target][-TEXT_TOKENS:] for e in examples]
             known = read_old(old, adapter, texts)
         for name, start in starts(base, targets, adapter, known, texts, inputs.spec.adapter.seed).items():
             names[name] = name.replace(" ", "-")

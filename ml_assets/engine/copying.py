@@ -67,6 +67,14 @@ def read_old(base: Base, adapter: Adapter, texts: Sequence[Sequence[int]]) -> Ol
     return old
 
 
+def fits(base: Base, targets: Sequence[str], old: Base, adapter: Adapter) -> bool:
+    """Whether all that `adapter` adapts in `old` has the same shapes in `base`, whatever the number of
+    layers: then its weights are copied, and `read_old` needs no texts."""
+    shapes = {name: _shape(base.model.get_submodule(name)) for name in target_modules(base.model, targets)}
+    before = {name: _shape(old.model.get_submodule(name)) for name in adapter.weights}
+    return shapes == before or _same_roles(_by_role(shapes), _by_role(before))
+
+
 def starts(
     base: Base,
     targets: Sequence[str],
@@ -98,7 +106,7 @@ def starts(
             f"no module here is named like one there: {', '.join(sorted(roles))} against "
             f"{', '.join(sorted(old_roles))}"
         )
-    if roles.keys() == old_roles.keys() and all(_one(roles[r]) == _one(old_roles[r]) for r in roles):
+    if _same_roles(roles, old_roles):
 
         def alike(new: str, before: str) -> float:
             weight, other = _weight(modules[new]).float(), old.weights[before].float()
@@ -200,6 +208,12 @@ def _one(members: dict[int, tuple[str, Any]]) -> Any:
     """The shape of a role's modules; None where they differ, which equals no other."""
     shapes = {shape for _, shape in members.values()}
     return shapes.pop() if len(shapes) == 1 else object()
+
+
+def _same_roles(
+    roles: dict[str, dict[int, tuple[str, Any]]], old_roles: dict[str, dict[int, tuple[str, Any]]]
+) -> bool:
+    return roles.keys() == old_roles.keys() and all(_one(roles[r]) == _one(old_roles[r]) for r in roles)
 
 
 def _matched(

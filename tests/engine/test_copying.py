@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from test_training import examples, targets
 from tiny_models import ARCHITECTURES
 
-from ml_assets.engine.copying import NoStart, OldModules, monotone, place, read_old, starts
+from ml_assets.engine.copying import NoStart, OldModules, fits, monotone, place, read_old, starts
 from ml_assets.engine.loading import Base
 from ml_assets.engine.lora import Adapter, new_adapter
 from ml_assets.engine.packing import body
@@ -52,6 +52,7 @@ def test_the_same_base_gets_the_same_adapter(architecture: str, tmp_path: Path) 
     base = tiny_base(architecture, tmp_path / "base")
     adapter = adapter_on(base)
     old = read_old(base, adapter, texts_of(base))
+    assert fits(base, targets(base), base, adapter)
     found = starts(base, targets(base), adapter, old, texts_of(base))
     assert list(found) == ["copy", "rescaled copy"]
     for start in found.values():
@@ -103,6 +104,15 @@ def test_other_sizes_and_layers_are_mapped(tmp_path: Path) -> None:
     wide = load_base(tmp_path / "wide", torch.float32)
     adapter = adapter_on(base)
     texts = texts_of(base)
+    assert not fits(wide, targets(wide), base, adapter)
+    tiny_model("llama", tmp_path / "deep", seed=2, layers=5)
+    (tmp_path / "deep/manifest.json").write_bytes((tmp_path / "base/manifest.json").read_bytes())
+    deep = load_base(tmp_path / "deep", torch.float32)
+    assert fits(deep, targets(deep), base, adapter)
+    assert list(starts(deep, targets(deep), adapter, read_old(base, adapter, []), [])) == [
+        "layer copy",
+        "rescaled layer copy",
+    ]
     start = starts(wide, targets(wide), adapter, read_old(base, adapter, texts), texts)["mapped"]
     assert len(start.weights) == 5 * 7
     name = "model.layers.4.mlp.down_proj"
