@@ -1,13 +1,16 @@
 """Log-probabilities of answers and texts: fingerprints, forgetting probes, labels to choose from."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 
 from ml_assets.engine.forward import LOGITS, answer_log_probs, shared_prefix
 from ml_assets.engine.loading import Base
 from ml_assets.engine.packing import Branches, Packing, Past, hidden_states, logits_of
+
+T = TypeVar("T")
 
 LABEL_TOKENS = 4096
 """Tokens of prompts and labels in one pass."""
@@ -122,12 +125,7 @@ def best_labels(
     if not base.packs or len(tree.branches.tokens) <= SMALL_TREE:
         scores = label_log_probs(base, prompts, labels, adapters)
         return [(int(row.argmax()), float(row.max())) for row in scores]
-    adapters = _adapters(base, prompts, adapters)
-    results: dict[int, tuple[int, float]] = {}
-    for batch in _label_batches(prompts, adapters, 0):
-        found = _search(base, tree, labels, [prompts[i] for i in batch], [adapters[i] for i in batch])
-        results.update(zip(batch, found, strict=True))
-    return [results[i] for i in range(len(prompts))]
+    return _in_passes(base, prompts, adapters, 0, lambda *rows: _search(base, tree, labels, *rows))
 
 
 @torch.inference_mode()
@@ -145,18 +143,15 @@ def label_log_probs(
     when there is no label, one is empty, or two are the same.
     """
     tree = _Tree(labels)
-    adapters = _adapters(base, prompts, adapters)
-    results: dict[int, torch.Tensor] = {}
-    if not base.packs:
-        for i, (prompt, name) in enumerate(zip(prompts, adapters, strict=True)):
-            with base.active(name):
-                found = answer_log_probs(base, [(prompt, label) for label in labels])
-            results[i] = torch.stack([value.sum() for value in found])
-        return [results[i] for i in range(len(prompts))]
-    for batch in _label_batches(prompts, adapters, len(tree.branches.tokens)):
-        found = _score(base, tree, [prompts[i] for i in batch], [adapters[i] for i in batch])
-        results.update(zip(batch, found, strict=True))
-    return [results[i] for i in range(len(prompts))]
+    if base.packs:
+        behind = len(tree.branches.tokens)
+        return _in_passes(base, prompts, adapters, behind, lambda *rows: _score(base, tree, *rows))
+    results: list[torch.Tensor] = []
+    for prompt, name in zip(prompts, _adapters(base, prompts, adapters), strict=True):
+        with base.active(name):
+            found = answer_log_probs(base, [(prompt, label) for label in labels])
+        results.append(torch.stack([value.sum() for value in found]))
+    return results
 
 
 def _adapters(
@@ -166,18 +161,36 @@ def _adapters(
     return adapters if adapters is not None else [active[0] if active else None] * len(prompts)
 
 
-def _label_batches(
-    prompts: Sequence[Sequence[int]], adapters: Sequence[str | None], behind: int
-) -> Iterator[list[int]]:
-    """Numbers of the prompts of each pass, with so many tokens `behind` every one."""
-    order = sorted(range(len(prompts)), key=lambda i: (adapters[i] or "", len(prompts[i])))
-    while order:
-        tokens, n = 0, 0
-        while n < len(order) and (n == 0 or tokens + len(prompts[order[n]]) <= LABEL_TOKENS):
-            tokens += len(prompts[order[n]]) + behind
-            n += 1
-        yield order[:n]
-        order = order[n:]
+def _in_passes(
+    base: Base,
+    prompts: Sequence[Sequence[int]],
+    adapters: Sequence[str | None] | None,
+    behind: int,
+    found: Callable[[list[Sequence[int]], list[str | None]], Sequence[T]],
+) -> list[T]:
+    """What `found` gives for each prompt and its adapter, asked for those of one pass at a time. Each prompt
+    has so many tokens `behind` it."""
+    names = _adapters(base, prompts, adapters)
+    order = sorted(range(len(prompts)), key=lambda i: (names[i] or "", len(prompts[i])))
+    results: dict[int, T] = {}
+    for part in _parts(order, lambda i: len(prompts[i]) + behind):
+        values = found([prompts[i] for i in part], [names[i] for i in part])
+        results.update(zip(part, values, strict=True))
+    return [results[i] for i in range(len(prompts))]
+
+
+def _parts(items: Iterable[T], size: Callable[[T], int]) -> Iterator[list[T]]:
+    """`items` in parts of at most LABEL_TOKENS tokens, or one item."""
+    part: list[T] = []
+    tokens = 0
+    for item in items:
+        if part and tokens + size(item) > LABEL_TOKENS:
+            yield part
+            part, tokens = [], 0
+        part.append(item)
+        tokens += size(item)
+    if part:
+        yield part
 
 
 class _Tree:
@@ -287,54 +300,32 @@ def _search(
 ) -> list[tuple[int, float]]:
     """The best label behind each prompt, and its log-probability."""
     found = _computed(base, prompts, adapters, capture=True)
-    logits = logits_of(base.model, found.hidden[_ends(found.packing).to(base.device)]).float()
+    ends = found.hidden[_ends(found.packing).to(base.device)]
     firsts = torch.tensor([label[0] for label in labels], device=base.device)
-    bounds = logits[:, firsts] - logits.logsumexp(-1, keepdim=True)
+    bounds = _token_log_probs(base, ends, firsts.expand(len(prompts), -1))
     scores = torch.full_like(bounds, -torch.inf)
-    _score_pairs(base, found, labels, bounds, scores, bounds == bounds.amax(-1, keepdim=True))
+
+    def tokens(row: int) -> int:
+        return found.packing.prefix + found.packing.lengths[row]
+
+    def score_pairs(chosen: torch.Tensor) -> None:
+        for some in _parts(chosen.nonzero().tolist(), lambda pair: tokens(pair[0])):
+            values = _behind(base, found, [(row, labels[label]) for row, label in some])
+            for (row, label), value in zip(some, values, strict=True):
+                scores[row, label] = bounds[row, label] + value
+
+    score_pairs(bounds == bounds.amax(-1, keepdim=True))
     open_ = (scores == -torch.inf) & (bounds >= scores.amax(-1, keepdim=True))
     size = len(tree.branches.tokens)
     rests = torch.tensor([len(label) - 1 for label in labels], device=base.device)
     few = 2 * (open_ * rests).sum(-1) <= size
-    _score_pairs(base, found, labels, bounds, scores, open_ & few[:, None])
-    for some in _parts(found.packing, (open_.any(-1) & ~few).nonzero().tolist()):
-        rows = [row for (row,) in some]
+    score_pairs(open_ & few[:, None])
+    for rows in _parts((open_.any(-1) & ~few).nonzero()[:, 0].tolist(), tokens):
         packing, hidden = _pass_behind(base, found, rows, [()] * len(rows), tree.branches)
         nodes = torch.tensor(packing.starts)[:, None] + torch.arange(size)
         scores[rows] = bounds[rows] + _sums(base, tree, hidden, nodes, 1)
     chosen = scores.argmax(-1)
     return [(int(label), float(scores[row, label])) for row, label in enumerate(chosen)]
-
-
-def _score_pairs(
-    base: Base,
-    found: _Prompts,
-    labels: Sequence[Sequence[int]],
-    bounds: torch.Tensor,
-    scores: torch.Tensor,
-    chosen: torch.Tensor,
-) -> None:
-    """Fill in the scores (rows, labels) that are `chosen`."""
-    for some in _parts(found.packing, chosen.nonzero().tolist()):
-        values = _behind(base, found, [(row, labels[label]) for row, label in some])
-        for (row, label), value in zip(some, values, strict=True):
-            scores[row, label] = bounds[row, label] + value
-
-
-def _parts(packing: Packing, items: Sequence[list[int]]) -> Iterator[list[list[int]]]:
-    """`items`, which begin with the number of a prompt, in parts whose prompts have at most LABEL_TOKENS
-    tokens together, or one item."""
-    part: list[list[int]] = []
-    tokens = 0
-    for item in items:
-        size = packing.prefix + packing.lengths[item[0]]
-        if part and tokens + size > LABEL_TOKENS:
-            yield part
-            part, tokens = [], 0
-        part.append(item)
-        tokens += size
-    if part:
-        yield part
 
 
 def _behind(base: Base, found: _Prompts, pairs: Sequence[tuple[int, Sequence[int]]]) -> list[float]:
@@ -346,16 +337,21 @@ def _behind(base: Base, found: _Prompts, pairs: Sequence[tuple[int, Sequence[int
     rows, sequences = [pairs[i][0] for i in longer], [pairs[i][1][:-1] for i in longer]
     packing, hidden = _pass_behind(base, found, rows, sequences)
     wanted = torch.tensor([token for i in longer for token in pairs[i][1][1:]], device=base.device)
-    most = max(1, LOGITS // base.vocabulary)
-    values = torch.cat(
-        [
-            logits_of(base.model, part).float().log_softmax(-1).gather(-1, tokens[:, None])[:, 0]
-            for part, tokens in zip(hidden.split(most), wanted.split(most), strict=True)
-        ]
-    )
+    values = _token_log_probs(base, hidden, wanted[:, None])[:, 0]
     for i, part in zip(longer, values.split(packing.lengths), strict=True):
         sums[i] = float(part.sum())
     return sums
+
+
+def _token_log_probs(base: Base, hidden: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """Log-probabilities (N, k) of tokens (N, k) after hidden states (N, size), some rows at a time."""
+    most = max(1, LOGITS // base.vocabulary)
+    return torch.cat(
+        [
+            logits_of(base.model, part).float().log_softmax(-1).gather(-1, wanted)
+            for part, wanted in zip(hidden.split(most), tokens.split(most), strict=True)
+        ]
+    )
 
 
 def _pass_behind(

@@ -72,6 +72,8 @@ def test_nothing_is_started_without_time_left():
     found = alternate({"a": lambda: {"seconds": 1.0}}, 2, left=lambda: 0.0)
     assert not found["a"].rounds
     assert "no time" in found["a"].reason
+    later = alternate({"a": lambda: {"seconds": 1.0}}, 2, left=lambda: 0.0, first=2)
+    assert later["a"].reason == "no time for round 2"
 
 
 def test_a_table_is_markdown_with_aligned_columns():

@@ -385,7 +385,16 @@ def test_the_best_label_is_found_without_computing_all(
     adapters = [("a", "later", None)[i % 3] for i in range(len(asked))]
     expected = label_log_probs(base, asked, labels, adapters)
     monkeypatch.setattr(scoring, "LABEL_TOKENS", limit)
+    trees: list[bool] = []
+    behind = scoring._pass_behind
+
+    def watched(*args: Any) -> Any:
+        trees.append(len(args) > 4)
+        return behind(*args)
+
+    monkeypatch.setattr(scoring, "_pass_behind", watched)
     found = best_labels(base, asked, labels, adapters)
+    assert set(trees) == {False, True}, "some labels alone, and where all are alike the tree"
     for (label, value), values in zip(found, expected, strict=True):
         assert value == pytest.approx(float(values.max()), abs=2e-4)
         assert float(values[label]) == pytest.approx(float(values.max()), abs=2e-4)
