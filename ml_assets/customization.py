@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import dagster as dg
 import yaml
@@ -220,7 +220,7 @@ class BaseModels(dg.Component):
                 [Mistake((), f"expected one ml_assets.BaseModels, found another at {first.origin.at()}")]
             )
         families, root = self.spec.families, self.origin.file.parent
-        return dg.Definitions(assets=dg.with_source_code_references([build_base_model_asset(families, root)]))
+        return dg.Definitions(assets=[build_base_model_asset(families, root)])
 
 
 @dg.scaffold_with(CustomizationScaffolder)
@@ -281,7 +281,7 @@ class Customization(dg.Component):
             ),
         }
         return dg.Definitions(
-            assets=[_linked(asset) for asset in (source, *produced, *watched)],
+            assets=[source, *produced, *watched],
             jobs=list(jobs.values()) if _project(context).has_jobs else [],
             schedules=build_schedules(spec, jobs),
         )
@@ -390,16 +390,6 @@ def _project(context: dg.ComponentLoadContext) -> _Project:
         families = [f.name for c in tree.get_all_components(BaseModels) for f in c.spec.families]
         _newest = tree, _Project(customizations, families)
     return _newest[1]
-
-
-def _linked(asset: dg.AssetsDefinition) -> dg.AssetsDefinition:
-    """The asset with a link to its code. `dg.with_source_code_references` gives the same, and reads the whole
-    source of every function for it."""
-    function = asset.op.compute_fn
-    code = cast(Any, getattr(function, "decorated_fn", function)).__code__
-    link = dg.LocalFileCodeReference(file_path=code.co_filename, line_number=code.co_firstlineno)
-    references = {"dagster/code_references": dg.CodeReferencesMetadataValue(code_references=[link])}
-    return asset.map_asset_specs(lambda spec: spec.merge_attributes(metadata=references))
 
 
 def _named_columns(spec: CustomizationSpec) -> Mapping[Steps, list[str]]:

@@ -46,11 +46,18 @@ def build_definitions(project: Path) -> dg.Definitions:
 
 @contextlib.contextmanager
 def _without_collector() -> Iterator[None]:
-    """Definitions stay: looking for garbage among them again and again takes long where there are many."""
+    """Definitions stay: looking for garbage among them again and again takes long where there are many, here
+    and later, where Dagster makes millions of objects more for their snapshots. What a process that loads a
+    project again no longer needs is collected first."""
     collecting = gc.isenabled()
+    if gc.get_freeze_count():
+        gc.unfreeze()
+        gc.collect()
     gc.disable()
     try:
         yield
+        gc.freeze()
+        gc.set_threshold(10_000, 20, 10)
     finally:
         if collecting:
             gc.enable()

@@ -794,7 +794,7 @@ class CustomizationSpec(Block):
     def version(self, code: str, *blocks: str) -> str:
         """Version of what is made from these blocks by code of version `code`: a change of the YAML makes
         an asset stale just as a change of the code does."""
-        said = {block: self.model_dump(mode="json")[block] for block in blocks}
+        said = self.model_dump(mode="json", include=set(blocks))
         return f"{code}-{sha256_bytes(canonical_json(said))[:8]}"
 
     def columns(self) -> list[str]:

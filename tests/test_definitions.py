@@ -153,6 +153,40 @@ def test_assets_link_to_their_yaml_and_code(repository: dg.RepositoryDefinition,
     assert str(REPOSITORY / "ml_assets" / "datasets" / "asset.py") in files
 
 
+def test_a_process_that_loads_again_drops_what_it_had_loaded(project: Project) -> None:
+    """The collector leaves definitions alone, which are full of cycles: until the next load, not for ever."""
+    program = f"""
+import gc, json
+from pathlib import Path
+from ml_assets.definitions import build_definitions
+
+class Cycle:
+    alive = 0
+    def __init__(self):
+        self.itself = self
+        Cycle.alive += 1
+    def __del__(self):
+        Cycle.alive -= 1
+
+found = []
+for _ in range(3):
+    Cycle()
+    build_definitions(Path({str(project.defs)!r}))
+    gc.collect()
+    found.append((gc.isenabled(), gc.get_freeze_count() > 10_000, Cycle.alive))
+print(json.dumps(found))
+"""
+    printed = subprocess.run(
+        [sys.executable, "-c", program],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(project.root), str(REPOSITORY)])},
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout
+    # the first load freezes what is garbage already, the next one collects it and what became garbage since
+    assert json.loads(printed) == [[True, True, 1], [True, True, 0], [True, True, 0]]
+
+
 def test_loading_is_light_and_quiet(project: Project, capsys: pytest.CaptureFixture[str]) -> None:
     """No heavy library is imported, and Dagster's warnings about preview features are not printed."""
     program = f"""

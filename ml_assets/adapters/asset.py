@@ -27,6 +27,7 @@ from ml_assets.adapters.train import (
 )
 from ml_assets.artifacts import ArtifactError, ArtifactRef, ArtifactStore, read_json
 from ml_assets.base_models.partitions import BASE_MODELS
+from ml_assets.code_link import code_link
 from ml_assets.decisions.meter import metered
 from ml_assets.decisions.tags import DECISION_TAG, run_cost
 from ml_assets.engine.hosted import HostedError, is_hosted
@@ -84,6 +85,7 @@ def build_adapter_asset(spec: CustomizationSpec, root: Path) -> dg.AssetsDefinit
         owners=spec.owners,
         kinds={"pytorch", "huggingface"},
         tags={"customization": spec.name},
+        metadata=code_link(),
         code_version=spec.version(f"{CODE_VERSION}{how}", "adapter", "prompt", "examples"),
         pool="device",
         dagster_type=ARTIFACT_REF,

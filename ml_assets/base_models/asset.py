@@ -10,6 +10,7 @@ from ml_assets.base_models.conversion import CONVERSION_VERSION
 from ml_assets.base_models.identity import BaseModelError
 from ml_assets.base_models.partitions import BASE_MODELS
 from ml_assets.base_models.sources import SourceUnavailable
+from ml_assets.code_link import code_link
 from ml_assets.engine.hosted import is_hosted
 from ml_assets.spec import BaseFamily
 from resources.artifact_store import ARTIFACT_REF, ArtifactStoreResource
@@ -37,6 +38,7 @@ def build_base_model_asset(families: Sequence[BaseFamily], root: Path) -> dg.Ass
         dagster_type=ARTIFACT_REF,
         group_name="base_models",
         kinds={"transformers", "safetensors"},
+        metadata=code_link(),
         code_version=CONVERSION_VERSION,
         pool="device",
         retry_policy=dg.RetryPolicy(max_retries=2, delay=10, backoff=dg.Backoff.EXPONENTIAL),

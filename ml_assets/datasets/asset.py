@@ -9,6 +9,7 @@ from typing import Any
 import dagster as dg
 from sqlalchemy.exc import InterfaceError, OperationalError
 
+from ml_assets.code_link import code_link
 from ml_assets.datasets.build import build_dataset
 from ml_assets.datasets.checks import check_specs, dataset_checks
 from ml_assets.datasets.pictures import count_words, length_histogram
@@ -70,6 +71,7 @@ def build_source_asset(spec: CustomizationSpec, root: Path) -> dg.AssetsDefiniti
                     owners=spec.owners,
                     kinds={"json" if spec.source.kind == "jsonl" else spec.source.kind},
                     tags={"customization": spec.name},
+                    metadata=code_link(),
                 )
             ],
         )
@@ -115,6 +117,7 @@ def build_dataset_asset(spec: CustomizationSpec, root: Path) -> dg.AssetsDefinit
         owners=spec.owners,
         kinds={"parquet"},
         tags={"customization": spec.name},
+        metadata=code_link(),
         code_version=spec.version(CODE_VERSION, "source", "dataset", "prompt", "feedback"),
         freshness_policy=dg.FreshnessPolicy.time_window(fail_window=_duration(fresh)) if fresh else None,
         check_specs=check_specs(key),

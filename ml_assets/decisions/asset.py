@@ -6,6 +6,7 @@ from urllib.parse import quote
 import dagster as dg
 
 from ml_assets.artifacts import ArtifactError, ArtifactRef, ArtifactStore, read_json
+from ml_assets.code_link import code_link
 from ml_assets.datasets.snapshot import load_manifest
 from ml_assets.decisions.book import DecisionBook, History
 from ml_assets.decisions.diagnosis import Evidence, Past, Policy, decide, predict
@@ -53,6 +54,7 @@ def build_decision_asset(spec: CustomizationSpec) -> dg.AssetsDefinition:
         owners=spec.owners,
         kinds={"report"},
         tags={"customization": spec.name},
+        metadata=code_link(),
         check_specs=[dg.AssetCheckSpec(name, asset=key, description=text) for name, text in CHECKS.items()],
     )
     def decision(

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 import dagster as dg
 
 from ml_assets.artifacts import ArtifactError
+from ml_assets.code_link import code_link
 from ml_assets.drift_reports.build import BuiltLook, champion_of, look
 from ml_assets.drift_reports.checks import check_results, check_specs
 from ml_assets.drift_reports.reference import VERSION
@@ -34,6 +35,7 @@ def build_drift_report_asset(spec: CustomizationSpec) -> dg.AssetsDefinition:
         owners=spec.owners,
         kinds={"report"},
         tags={"customization": spec.name},
+        metadata=code_link(),
         code_version=spec.version(VERSION, "drift", "evaluation"),
         pool=None if spec.drift.embedding == "hashing" else "device",
         check_specs=check_specs(key),

@@ -10,6 +10,7 @@ from typing import Any
 import dagster as dg
 
 from ml_assets.artifacts import ArtifactError, ArtifactRef, ArtifactStore
+from ml_assets.code_link import code_link
 from ml_assets.decisions.staleness import waits_for_a_person
 from ml_assets.endpoints.checks import check_specs, curl, not_serving, serving
 from ml_assets.endpoints.gateway.client import GatewayError
@@ -56,6 +57,7 @@ def build_endpoint_asset(spec: CustomizationSpec) -> dg.AssetsDefinition:
         owners=spec.owners,
         kinds={"fastapi", "openai"},
         tags={"customization": spec.name},
+        metadata=code_link(),
         freshness_policy=dg.FreshnessPolicy.time_window(fail_window=_duration(fresh)) if fresh else None,
         check_specs=check_specs(key),
     )

@@ -11,6 +11,7 @@ import dagster as dg
 from ml_assets.adapters.ladder import known_climb
 from ml_assets.artifacts import ArtifactError, ArtifactRef, ArtifactStore
 from ml_assets.base_models.partitions import BASE_MODELS
+from ml_assets.code_link import code_link
 from ml_assets.decisions.meter import metered
 from ml_assets.decisions.staleness import note_candidate
 from ml_assets.decisions.tags import DECISION_TAG, run_cost
@@ -53,6 +54,7 @@ def build_eval_report_asset(spec: CustomizationSpec, root: Path) -> dg.AssetsDef
         owners=spec.owners,
         kinds={"report"},
         tags={"customization": spec.name},
+        metadata=code_link(),
         code_version=spec.version(REPORT_VERSION, "evaluation", "prompt"),
         pool="device",
         check_specs=check_specs(key),

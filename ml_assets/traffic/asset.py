@@ -6,6 +6,7 @@ from typing import Any
 import dagster as dg
 from sqlalchemy.exc import InterfaceError, OperationalError
 
+from ml_assets.code_link import code_link
 from ml_assets.spec import CustomizationSpec
 from ml_assets.traffic.store import Head, NewerSchema
 from ml_assets.traffic.summary import RECENT, Summary, summarize, time_series
@@ -34,6 +35,7 @@ def build_traffic_asset(spec: CustomizationSpec) -> dg.AssetsDefinition:
                     owners=spec.owners,
                     kinds={"sql"},
                     tags={"customization": spec.name},
+                    metadata=code_link(),
                 )
             ],
         )
