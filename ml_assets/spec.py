@@ -617,7 +617,15 @@ class MaintenanceSpec(Block):
         le=1,
         description="share of the old rows that an incremental update trains on again",
     )
-    update_epochs: float = Field(default=2, gt=0, description="passes of an incremental update over its rows")
+    update_epochs: float = Field(
+        default=2.5, gt=0, description="passes of an incremental update over its rows"
+    )
+    update_layers: float = Field(
+        default=0.5,
+        gt=0,
+        le=1,
+        description="share of the layers, from the last, whose weights an incremental update changes",
+    )
     update_rate: float = Field(
         default=0.5,
         gt=0,

@@ -139,7 +139,8 @@ def build_adapter_asset(spec: CustomizationSpec, root: Path) -> dg.AssetsDefinit
                     if serving is None:
                         raise NoUpdate(f"{spec.name} has no champion to update: train from scratch")
                     inputs = replace(inputs, spec=update_recipe(spec))
-                    inputs = plan_update(inputs, store, serving.adapter, spec.maintenance.replay)
+                    policy = spec.maintenance
+                    inputs = plan_update(inputs, store, serving.adapter, policy.replay, policy.update_layers)
                     update = inputs.update
                     assert update is not None
                     context.log.info(

@@ -2,6 +2,8 @@
 again so that those are not forgotten (rehearsal: Robins 1995, Connection Science 7; with a sample of all that
 came before: Rolnick et al. 2019, arXiv 1811.11682)."""
 
+import json
+import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -17,6 +19,10 @@ from ml_assets.spec import AdapterRecipe, CustomizationSpec, PromptSpec
 
 Row = Mapping[str, Any]
 
+UPDATE_VERSION = "2"
+"""Raise when the same inputs would give other rows."""
+CHOICES = 16
+"""A field of the answers with at most so many different values is a choice that tells kinds of rows apart."""
 WARMUP = 0.3
 """Least share of an update's steps in which the learning rate rises."""
 
@@ -33,6 +39,7 @@ class Update:
     parent_directory: Path
     generation: int
     replay: float
+    layers: float
     new: Sequence[Row]
     replayed: Sequence[Row]
 
@@ -43,7 +50,12 @@ class Update:
 
     def identity(self) -> dict[str, Any]:
         """What goes into the input key beside the dataset."""
-        return {"parent": self.parent.digest, "replay": self.replay}
+        return {
+            "parent": self.parent.digest,
+            "replay": self.replay,
+            "layers": self.layers,
+            "version": UPDATE_VERSION,
+        }
 
 
 def plan_update(
@@ -51,10 +63,12 @@ def plan_update(
     store: ArtifactStore,
     parent: ArtifactRef,
     replay: float,
+    layers: float,
 ) -> AdapterInputs:
     """Inputs of an update of `parent` to the dataset of `inputs`: its training rows that the parent was not
-    trained on, and a share `replay` of those that it was, the same from every segment. The recipe is taken as
-    it is: see `update_recipe`.
+    trained on, and a share `replay` of those that it was (`sample_old`). Of the layers only a share, from the
+    last, changes: less is forgotten, and a pass is cheaper (Lee et al. 2019, arXiv 1911.03090). The recipe is
+    taken as it is: see `update_recipe`.
 
     Raises NoUpdate: the parent sits on another base or was trained with another prompt or LoRA shape, or the
     dataset holds no row that is new to it. ArtifactError: an artifact is damaged.
@@ -75,10 +89,12 @@ def plan_update(
             f"{parent.digest[:12]} was not trained on: nothing to update"
         )
     old = [row for row in rows if row["_row"] in seen]
-    replayed = sample_by_segment(old, spec.evaluation.segments, replay, seed=parent.digest)
+    replayed = sample_old(old, spec.evaluation.segments, spec.prompt.target, replay, seed=parent.digest)
     generation = (manifest.get("update") or {}).get("generation", 0) + 1
     spec = spec.model_copy(update={"adapter": spec.adapter.model_copy(update={"kind": recipe.kind})})
-    return replace(inputs, spec=spec, update=Update(parent, directory, generation, replay, new, replayed))
+    return replace(
+        inputs, spec=spec, update=Update(parent, directory, generation, replay, layers, new, replayed)
+    )
 
 
 def update_recipe(spec: CustomizationSpec) -> CustomizationSpec:
@@ -117,17 +133,67 @@ def _check_fits(inputs: AdapterInputs, parent: Mapping[str, Any], recipe: Adapte
         raise NoUpdate(f"{spec.name}: the champion can't be updated, because {reason}: train from scratch")
 
 
-def sample_by_segment(rows: Sequence[Row], segments: Sequence[str], share: float, seed: str) -> list[Row]:
-    """A share of the rows, stratified by the values of the segment columns together: every group gives its
-    share, rounded so that the whole is right, and the same rows for the same seed."""
+def sample_old(
+    rows: Sequence[Row], segments: Sequence[str], target: str, share: float, seed: str
+) -> list[Row]:
+    """A share of the rows, the same ones for the same seed. Every kind of row (its values in the segment
+    columns and the kind of its answer, `target` filled in) gives rows in proportion to the square root of its
+    size (Mahajan et al. 2018, arXiv 1805.00932): what is common is not forgotten soon, what is rare is."""
+    kinds = answer_kinds([target.format_map(row) for row in rows])
     groups: dict[tuple[str, ...], list[Row]] = defaultdict(list)
-    for row in rows:
-        groups[tuple(str(row.get(column, "")) for column in segments)].append(row)
+    for row, kind in zip(rows, kinds, strict=True):
+        groups[(*(str(row.get(column, "")) for column in segments), kind)].append(row)
+    members = [groups[name] for name in sorted(groups)]
     chosen: list[Row] = []
-    owed = 0.0
-    for _, members in sorted(groups.items()):
-        owed += share * len(members)
-        count = min(len(members), round(owed))
-        owed -= count
-        chosen += sorted(members, key=lambda row: sha256_bytes(f"{seed}{row['_row']}".encode()))[:count]
+    for group, count in zip(members, _counts([len(group) for group in members], share), strict=True):
+        chosen += sorted(group, key=lambda row: sha256_bytes(f"{seed}{row['_row']}".encode()))[:count]
     return chosen
+
+
+def _counts(sizes: Sequence[int], share: float) -> list[int]:
+    """How many of each group: in proportion to the square root of its size, and at most all."""
+    if not sizes:
+        return []
+    left, weight = share * sum(sizes), sum(math.sqrt(size) for size in sizes)
+    taken = [0.0] * len(sizes)
+    # from the smallest: one that would give more than it has gives all, and the others the rest
+    for i in sorted(range(len(sizes)), key=lambda i: sizes[i]):
+        root = math.sqrt(sizes[i])
+        taken[i] = min(float(sizes[i]), left * root / weight)
+        left, weight = left - taken[i], weight - root
+    counts, owed = [], 0.0
+    for size, many in zip(sizes, taken, strict=True):
+        owed += many
+        counts.append(min(size, round(owed)))
+        owed -= counts[-1]
+    return counts
+
+
+def answer_kinds(answers: Sequence[str]) -> list[str]:
+    """What kind of answer each is: the answer itself where there are at most CHOICES different ones (labels);
+    of a JSON object its fields, with the values of those that have at most CHOICES; "" for any other text."""
+    if len(set(answers)) <= CHOICES:
+        return list(answers)
+    objects = [_object(answer) for answer in answers]
+    values: dict[str, set[str]] = defaultdict(set)
+    for fields in objects:
+        for name, value in fields.items():
+            values[name].add(value)
+    chosen = {name for name, found in values.items() if len(found) <= CHOICES}
+    return [
+        json.dumps({name: value if name in chosen else None for name, value in sorted(fields.items())})
+        if fields
+        else ""
+        for fields in objects
+    ]
+
+
+def _object(answer: str) -> dict[str, str]:
+    """The fields of a JSON object with their values as JSON; none for another text."""
+    try:
+        found = json.loads(answer)
+    except ValueError:
+        return {}
+    return (
+        {name: json.dumps(found[name], sort_keys=True) for name in found} if isinstance(found, dict) else {}
+    )

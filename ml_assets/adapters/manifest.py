@@ -84,6 +84,7 @@ def build_manifest(
         "update": {
             "generation": update.generation,
             "replay": update.replay,
+            "layers": update.layers,
             "new_rows": len(update.new),
             "replayed_rows": len(update.replayed),
         }

@@ -40,7 +40,8 @@ def reproduce_inputs(
     inputs = replace(inputs, spec=then)
     if manifest.get("update"):
         parent = ArtifactRef("adapter", manifest["parent"])
-        inputs = plan_update(inputs, store, parent, manifest["update"]["replay"])
+        update = manifest["update"]
+        inputs = plan_update(inputs, store, parent, update["replay"], update["layers"])
     if manifest.get("port"):
         inputs = replace(inputs, port=Port.from_manifest(manifest))
     return inputs, manifest

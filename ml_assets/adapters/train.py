@@ -142,6 +142,7 @@ def train_adapter(
                 checkpoint_seconds=checkpoint_seconds,
                 prompt_cache=home / "prompt_cache" if reuse else scratch,
                 start=prepared.start,
+                last_layers=inputs.update.layers if inputs.update else 1.0,
                 stopping=prepared.stopping,
                 on_progress=on_progress,
             )

@@ -18,7 +18,7 @@ import torch
 
 from ml_assets.engine.linear import linear_shape
 from ml_assets.engine.loading import Base
-from ml_assets.engine.lora import Adapter, new_adapter, target_modules
+from ml_assets.engine.lora import Adapter, new_adapter, place, target_modules
 from ml_assets.engine.packing import body
 
 Tensor = torch.Tensor
@@ -184,15 +184,6 @@ def _with(fresh: Adapter, weights: dict[str, tuple[Tensor, Tensor]]) -> Adapter:
 
 
 # -- names and layers ----------------------------------------------------------------------------------
-
-
-def place(name: str) -> tuple[str, int]:
-    """(role, layer) of a module: its name with `*` for the first number in it, and that number, or -1."""
-    parts = name.split(".")
-    for i, part in enumerate(parts):
-        if part.isdigit():
-            return ".".join([*parts[:i], "*", *parts[i + 1 :]]), int(part)
-    return name, -1
 
 
 def _by_role(shapes: dict[str, Any]) -> dict[str, dict[int, tuple[str, Any]]]:

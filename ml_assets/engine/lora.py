@@ -315,6 +315,15 @@ def target_modules(model: nn.Module, targets: Iterable[str] | str) -> list[str]:
     return [name for name, _ in model.named_modules() if name in wanted or name.endswith(dotted)]
 
 
+def place(name: str) -> tuple[str, int]:
+    """(role, layer) of a module: its name with `*` for the first number in it, and that number, or -1."""
+    parts = name.split(".")
+    for i, part in enumerate(parts):
+        if part.isdigit():
+            return ".".join([*parts[:i], "*", *parts[i + 1 :]]), int(part)
+    return name, -1
+
+
 def new_adapter(
     model: nn.Module, targets: Iterable[str], rank: int, alpha: float, dropout: float, dtype: torch.dtype
 ) -> Adapter:

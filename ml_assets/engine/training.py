@@ -26,6 +26,7 @@ from ml_assets.engine.lora import (
     Route,
     adapter_config,
     new_adapter,
+    place,
     read_adapter,
 )
 from ml_assets.engine.prompt_cache import PromptCache
@@ -128,6 +129,7 @@ def train_lora(
     checkpoint_seconds: float = 30.0,
     prompt_cache: Path | None = None,
     start: Path | None = None,
+    last_layers: float = 1.0,
     stopping: Stopping | None = None,
     on_progress: Callable[[Progress], None] | None = None,
 ) -> TrainResult:
@@ -142,6 +144,8 @@ def train_lora(
         checkpoint_seconds: least time between two checkpoints; 0 saves at every step.
         prompt_cache: folder for what the base computes for prompts (activated LoRA), shared by all trainings.
         start: folder of an adapter of the same shape whose weights this training goes on from.
+        last_layers: share of the layers, from the last, whose weights are trained; those of the others stay
+            as they are, and no gradient is computed for them.
         stopping: end early, with the weights that are best on examples that are not trained on.
 
     Raises:
@@ -158,8 +162,8 @@ def train_lora(
         _check_invocation(every, adapter.invocation or [])
         heads = [example.prompt[: -len(adapter.invocation)] for example in every if adapter.invocation]
         prompts = PromptCache(base, heads, prompt_cache) if heads else None
-        with _Crew(base, adapter, recipe, prompts) as crew:
-            identity = _training_identity(base, examples, recipe, crew.workers, start, stopping)
+        with _Crew(base, adapter, recipe, prompts, last_layers) as crew:
+            identity = _training_identity(base, examples, recipe, crew.workers, start, last_layers, stopping)
             judge = _Judge(crew, stopping) if stopping else None
             result = _run(
                 base, examples, recipe, crew, identity, checkpoints, checkpoint_seconds, on_progress, judge
@@ -392,7 +396,14 @@ class _Crew:
     gradients are added, depend on the examples alone.
     """
 
-    def __init__(self, base: Base, adapter: Adapter, recipe: AdapterRecipe, prompts: PromptCache | None):
+    def __init__(
+        self,
+        base: Base,
+        adapter: Adapter,
+        recipe: AdapterRecipe,
+        prompts: PromptCache | None,
+        last_layers: float = 1.0,
+    ):
         self._base, self._prompts = base, prompts
         self._threads = torch.get_num_threads()
         self.workers = 1
@@ -408,7 +419,13 @@ class _Crew:
             }
             replicas.append(replace(adapter, weights=copies))
             base.lora.add(name, replicas[-1])
-        self.weights = _FlatWeights([list(replica.named_tensors().values()) for replica in replicas])
+        trained = _last_modules(adapter, last_layers)
+        for module, pair in adapter.weights.items():
+            for tensor in pair:
+                tensor.requires_grad_(module in trained)
+        self.weights = _FlatWeights(
+            [[tensor for module in trained for tensor in replica.weights[module]] for replica in replicas]
+        )
         self._own_threads = max(1, self._threads // self.workers)
         self._pool = ThreadPoolExecutor(
             self.workers, "train", initializer=torch.set_num_threads, initargs=(self._own_threads,)
@@ -461,6 +478,13 @@ class _Crew:
     def _part(self, name: str, examples: Sequence[Example], total: int) -> float:
         with self._base.lora.routed(Route((name,), training=True)):
             return step_loss(self._base, examples, self._prompts, total)
+
+
+def _last_modules(adapter: Adapter, share: float) -> list[str]:
+    """The modules of an adapter that are in this share of its layers, from the last, or in none."""
+    layers = sorted({place(module)[1] for module in adapter.weights} - {-1})
+    kept = {-1, *layers[len(layers) - max(1, round(share * len(layers))) :]} if layers else {-1}
+    return [module for module in adapter.weights if place(module)[1] in kept]
 
 
 def _dealt(examples: Sequence[Example], hands: int) -> list[list[Example]]:
@@ -558,6 +582,7 @@ def _training_identity(
     recipe: AdapterRecipe,
     workers: int,
     start: Path | None,
+    last_layers: float = 1.0,
     stopping: Stopping | None = None,
 ) -> str:
     """Names what a checkpoint continues: another base, data or recipe starts afresh."""
@@ -570,6 +595,7 @@ def _training_identity(
         "workers": workers,
         "version": TRAINING_VERSION,
         "start": sha256_file(start / "adapter_model.safetensors") if start else None,
+        "last_layers": last_layers,
     }
     if stopping:
         held_out = [_data(example) for example in stopping.examples]

@@ -41,7 +41,7 @@ def test_made_once_and_told_apart(evergreen_home: Path, store: ArtifactStore) ->
     assert not list(store.open(shown.ref).glob("*.safetensors"))
 
     with pytest.raises(NoUpdate, match="prompt without weights"):
-        plan_update(inputs, store, shown.ref, 0.1)
+        plan_update(inputs, store, shown.ref, 0.1, 0.5)
 
 
 def test_attached_it_changes_nothing_but_the_prompt(evergreen_home: Path, store: ArtifactStore) -> None:

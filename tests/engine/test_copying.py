@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from test_training import examples, targets
 from tiny_models import ARCHITECTURES
 
-from ml_assets.engine.copying import NoStart, OldModules, fits, monotone, place, read_old, starts
+from ml_assets.engine.copying import NoStart, OldModules, fits, monotone, read_old, starts
 from ml_assets.engine.loading import Base
-from ml_assets.engine.lora import Adapter, new_adapter
+from ml_assets.engine.lora import Adapter, new_adapter, place
 from ml_assets.engine.packing import body
 
 

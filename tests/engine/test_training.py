@@ -12,12 +12,14 @@ import torch
 from bases import tiny_base
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 from tiny_models import ARCHITECTURES
 
 from ml_assets.artifacts import sha256_file
 from ml_assets.engine import forward, training
 from ml_assets.engine.forward import shared_prefix
 from ml_assets.engine.loading import Base, IncompatibleAdapter
+from ml_assets.engine.lora import place
 from ml_assets.engine.prompt_cache import PromptCache
 from ml_assets.engine.training import (
     BadExample,
@@ -203,6 +205,30 @@ def test_workers_share_a_step(kind: str, tmp_path: Path, monkeypatch: pytest.Mon
         assert not base.lora.adapters
     for cores in (2, 3):
         assert results[cores].losses == pytest.approx(results[1].losses, abs=1e-4)
+
+
+@pytest.mark.parametrize("cores", [1, 2])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_only_the_last_layers_change(architecture: str, cores: int, tmp_path: Path) -> None:
+    base = tiny_base(architecture, tmp_path / "base")
+    rows, plan, threads = examples(base, 24), recipe(steps=2, batch_tokens=400), torch.get_num_threads()
+    torch.set_num_threads(cores)
+    try:
+        train_lora(base, rows, plan, targets(base), tmp_path / "start")
+        weights = {}
+        for share in (1.0, 0.5, 0.01):
+            out = tmp_path / str(share)
+            start = tmp_path / "start"
+            train_lora(base, rows, plan, targets(base), out, start=start, last_layers=share)
+            weights[share] = load_file(out / "adapter_model.safetensors")
+    finally:
+        torch.set_num_threads(threads)
+    before = load_file(tmp_path / "start" / "adapter_model.safetensors")
+    changed = {
+        share: {place(name)[1] for name, tensor in after.items() if not torch.equal(tensor, before[name])}
+        for share, after in weights.items()
+    }
+    assert changed == {1.0: {0, 1}, 0.5: {1}, 0.01: {1}}  # of two layers
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
