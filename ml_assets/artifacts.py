@@ -117,6 +117,17 @@ def write_atomic(path: Path, data: bytes) -> None:
     _fsync_directory(path.parent)
 
 
+def _renamed(directory: Path, target: Path) -> bool:
+    """Rename unless there is something at `target`."""
+    try:
+        os.rename(directory, target)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+        return False
+    return True
+
+
 def _make_directory(path: Path) -> None:
     """Create a directory and its parents so that they survive a crash of the host."""
     if not path.is_dir():
@@ -287,11 +298,7 @@ class ArtifactStore:
         """Rename `directory` (complete, on disk) to `target`, unless another process was first. What is left
         of a damaged artifact makes room."""
         _make_directory(target.parent)
-        try:
-            os.rename(directory, target)
-        except OSError as error:
-            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-                raise
+        if not _renamed(directory, target):
             with filelock.FileLock(self._staging / "replace.lock"):
                 try:
                     self._verify(ref, target)
@@ -300,7 +307,8 @@ class ArtifactStore:
                     with self.staging(ref.kind) as trash:
                         with contextlib.suppress(FileNotFoundError):  # deleted meanwhile
                             os.rename(target, trash / "damaged")
-                        os.rename(directory, target)
+                        if not _renamed(directory, target):  # by one that found room, and did not wait
+                            self._verify(ref, target)
         _fsync_directory(target.parent)
 
     # -- read ------------------------------------------------------------------------------------------

@@ -491,6 +491,22 @@ def test_writers_of_the_same_content_all_succeed(store, tmp_path, husks):
     assert staged(store) == []
 
 
+def test_a_writer_finds_room_while_another_replaces_what_is_damaged(store, monkeypatch):
+    ref = store.publish("dataset", FILES_A)
+    (Path(store.location(ref)) / FILES).unlink()
+    rename, raced = os.rename, []
+
+    def racing(source, target):
+        rename(source, target)
+        if Path(target).name == "damaged" and not raced:
+            raced.append(store.publish("dataset", FILES_A))
+
+    monkeypatch.setattr(os, "rename", racing)
+    assert store.publish("dataset", FILES_A) == ref and raced == [ref]
+    store.open(ref)
+    assert staged(store) == []
+
+
 # -- memo ----------------------------------------------------------------------------------------------
 
 
