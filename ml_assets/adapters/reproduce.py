@@ -41,7 +41,7 @@ def reproduce_inputs(
     if manifest.get("update"):
         parent = ArtifactRef("adapter", manifest["parent"])
         update = manifest["update"]
-        inputs = plan_update(inputs, store, parent, update["replay"], update["layers"])
+        inputs = plan_update(inputs, store, parent, update["replay"], update.get("layers", 1.0))
     if manifest.get("port"):
         inputs = replace(inputs, port=Port.from_manifest(manifest))
     return inputs, manifest
