@@ -402,7 +402,7 @@ class _Crew:
         adapter: Adapter,
         recipe: AdapterRecipe,
         prompts: PromptCache | None,
-        last_layers: float = 1.0,
+        last_layers: float,
     ):
         self._base, self._prompts = base, prompts
         self._threads = torch.get_num_threads()
@@ -582,8 +582,8 @@ def _training_identity(
     recipe: AdapterRecipe,
     workers: int,
     start: Path | None,
-    last_layers: float = 1.0,
-    stopping: Stopping | None = None,
+    last_layers: float,
+    stopping: Stopping | None,
 ) -> str:
     """Names what a checkpoint continues: another base, data or recipe starts afresh."""
     data: list[Any] = [_data(example) for example in examples]
