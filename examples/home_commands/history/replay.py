@@ -102,9 +102,9 @@ def main() -> int:
         with brought_up(settings, Path(__file__).parent, show) as (specs, _, urls):
             replay = Replay(settings, specs[0], urls["gateway"], show)
             history = replay.run()
-            # before the last look, whose decision may start a training beside it
-            without = replay.without_maintenance(history)
+            # not beside the comparison: two processes that compute with all cores take far longer together
             replay.wait_for_look()
+            without = replay.without_maintenance(history)
             report(settings, history, without, urls, show)
     except OperationError as error:
         print(f"error: {error}", file=sys.stderr)
