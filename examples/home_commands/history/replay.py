@@ -37,7 +37,7 @@ from ml_assets.spec import CustomizationSpec
 
 NAME = "voice"
 HOUSEHOLDS = 20
-CLIENTS = 16
+CLIENTS = 40
 """Requests under way at a time."""
 SENSOR_SECONDS = "5"
 LOOK_SECONDS, ACTION_SECONDS = 240, 900
@@ -60,7 +60,7 @@ class Phase:
 
 
 PHASES = (
-    Phase("commands of 2023", OLD, {"en": 1.0}, 2),
+    Phase("commands of 2023", OLD, {"en": 1.0}, 1),
     Phase("commands of 2026, German arrives", NEW, {"en": 0.7, "de": 0.3}, 3),
 )
 
