@@ -501,6 +501,11 @@ class EvaluationSpec(Block):
         default=None, description="JSONL file of rows that every candidate must get right"
     )
     max_rows: int | None = Field(default=500, ge=1, description="evaluation rows used: the first by hash")
+    base_rows: int | None = Field(
+        default=100,
+        ge=1,
+        description="of them, rows that the bare base is asked where a champion decides; null for all",
+    )
     few_shot: int = Field(default=3, ge=0, description="examples in the few-shot arm; 0 leaves the arm out")
     max_new_tokens: int | None = Field(
         default=None, ge=1, description="default: the longest training target and a quarter more"

@@ -455,7 +455,9 @@ class _Climber:
             reason = "another tokenizer, and nothing here tells what a training and its evaluation would cost"
             if full is not None and answers and asked:
                 each = asked / answers
-                evaluation = each * self._frozen_rows() * (2 + bool(self.spec.evaluation.few_shot))
+                evaluation = each * (
+                    self._frozen_rows() + self._base_rows() * (1 + bool(self.spec.evaluation.few_shot))
+                )
                 extra = self._share(rung) * POOL * full + each * (self._frozen_rows() + self._screen_rows())
                 spent += extra
                 if spent <= OVERHEAD * (full + evaluation):
@@ -471,6 +473,10 @@ class _Climber:
     def _frozen_rows(self) -> int:
         count = len(load_rows(self.inputs.dataset_directory, "evaluation"))
         return min(count, self.spec.evaluation.max_rows or count)
+
+    def _base_rows(self) -> int:
+        """Frozen rows that each base arm of a report answers."""
+        return min(self._frozen_rows(), self.spec.evaluation.base_rows or self._frozen_rows())
 
     def _screen_rows(self) -> int:
         """Validation rows that are answered: few against the frozen ones, or looking would cost less."""
@@ -704,7 +710,8 @@ class _Climber:
         looks = [result for result in results if result.looks]
         seconds = [look.evaluation_seconds - look.screen_seconds for look in looks]
         evaluation = seconds[0] if looks else 0.0
-        if looks and looks[0].rung == "bare":  # its own answers are those of a base arm
+        same = self._base_rows() == self._frozen_rows()
+        if same and looks and looks[0].rung == "bare":  # its own answers are those of a base arm
             evaluation += seconds[1] if len(looks) > 1 else evaluation / 2
         full = next((result for result in results if result.rung == "full" and result.adapter_digest), None)
         if full is not None and full.training_seconds:

@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from ml_assets.engine.loading import Base
 
 KIND = "eval_report"
-REPORT_VERSION = "4"
+REPORT_VERSION = "5"
 """Raise when the same lines would give another report."""
 
 
@@ -168,6 +168,11 @@ def build_report(
     return _opened(store, ref, record, reused=False)
 
 
+def _by_arm(lines: Sequence[Row]) -> list[Row]:
+    arms = list(dict.fromkeys(line["arm"] for line in lines))
+    return sorted(lines, key=lambda line: (arms.index(line["arm"]), line["row"]))
+
+
 def _publish(store: ArtifactStore, summary: dict[str, Any], lines: list[Row]) -> ArtifactRef:
     text = "".join(json.dumps(line, ensure_ascii=False, sort_keys=True) + "\n" for line in lines)
     return store.publish(
@@ -237,7 +242,7 @@ def _evaluate(
 
     base = open_base(store.open(base_model), home)
     base.attach("adapter", store.open(adapter))
-    arms = [Arm("zero_shot")]
+    bare_arms = [Arm("zero_shot")]
     if evaluation.few_shot:
         tokens = evaluation.max_new_tokens or default_new_tokens(base, spec.prompt, train_rows)
         examples = choose_examples(train_rows, spec.prompt, evaluation, spec.adapter.seed)
@@ -245,10 +250,20 @@ def _evaluate(
             base, spec.prompt, [*rows, *must_pass, *questions.failures], examples, tokens
         )
         if examples:
-            arms.append(Arm("few_shot", examples=examples))
-    arms.append(adapter_arm("adapter", adapter, store.open(adapter)))
-    lines, seconds = questions.ask(base, arms)
-    forgotten = 0.0 if isinstance(base, HostedModel) or not arms[-1].adapter else forgetting(base, "adapter")
+            bare_arms.append(Arm("few_shot", examples=examples))
+    candidate = adapter_arm("adapter", adapter, store.open(adapter))
+    # Where a champion decides, the bare base only shows what an adapter is for. These rows are asked on their
+    # own without a champion as well: their answers are kept for the next candidate.
+    few, others = questions.split(evaluation.base_rows)
+    lines, seconds = few.ask(base, bare_arms)
+    if not champion and others:
+        more, more_seconds = others.ask(base, bare_arms)
+        lines = _by_arm([*lines, *more])
+        for name, took in more_seconds.items():
+            seconds[name] = [*(seconds[name] or []), *(took or [])] or None
+    more, more_seconds = questions.ask(base, [candidate])
+    lines, seconds = lines + more, seconds | more_seconds
+    forgotten = 0.0 if isinstance(base, HostedModel) or not candidate.adapter else forgetting(base, "adapter")
     _note(spent, base)
     revision = base.manifest["revision"]
 
@@ -278,10 +293,9 @@ def _evaluate(
         look=look[0],
         looks=look[1],
     )
-    if (
-        champion
-        and better_arm({best_bare: bare[best_bare], "adapter": by_arm["adapter"]}, evaluation) == best_bare
-    ):
+    both = {line["row"] for line in bare[best_bare]}
+    beside = [line for line in by_arm["adapter"] if line["row"] in both]
+    if champion and better_arm({best_bare: bare[best_bare], "adapter": beside}, evaluation) == best_bare:
         note = f"the {arm_title(best_bare).lower()}, scores at least as high without any adapter"
         decision = replace(decision, notes=[*decision.notes, note])
     about = {
@@ -292,7 +306,7 @@ def _evaluate(
         "champion": champion.adapter.digest if champion else None,
         "champion_base": served.get("base_revision"),
         "dataset": dataset.digest,
-        "few_shot_examples": next((len(arm.examples) for arm in arms if arm.name == "few_shot"), 0),
+        "few_shot_examples": next((len(arm.examples) for arm in bare_arms if arm.name == "few_shot"), 0),
         "computed_with": compute,
     }
     return lines, decision, seconds, about, known
@@ -350,6 +364,13 @@ class _Questions:
         train_rows, held_out = load_rows(directory, "train"), load_rows(directory, "evaluation")
         failures = production_failures([*train_rows, *held_out], spec.feedback.must_pass)
         return cls(spec, store, compute, train_rows, rows, must_pass, failures, columns, on_progress)
+
+    def split(self, count: int | None) -> "tuple[_Questions, _Questions | None]":
+        """The first `count` sampled rows, and all others, if there are any."""
+        if count is None or count >= len(self.rows):
+            return self, None
+        few = replace(self, rows=self.rows[:count], must_pass=(), failures=())
+        return few, replace(self, rows=self.rows[count:])
 
     def ask(
         self, base: "Base | HostedModel", arms: list[Arm], asked_with: Mapping[str, Any] | None = None

@@ -64,10 +64,11 @@ def summarize(
         "metric": names[0],
         "metrics": names,
         "currency": evaluation.value.currency,
-        "rows": len(next(iter(sampled.values()), [])),
-        "must_pass": sum(row["must_pass"] for row in next(iter(by_arm.values()), [])),
+        "rows": max(map(len, sampled.values()), default=0),
+        "must_pass": sum(row["must_pass"] for row in by_arm.get("adapter", [])),
         "arms": {
             arm: {
+                "rows": len(rows),
                 "metrics": {name: _interval(rows, name) for name in names},
                 "value": _value_interval(rows, evaluation, low, high),
                 "cost_per_1000": _mean([1000 * token_cost(row, evaluation.value) for row in rows]),
@@ -415,7 +416,8 @@ def render_markdown(summary: Mapping[str, Any]) -> str:
     out.append("| --- |" + " ---: |" * (len(head) + 1))
     for arm, found in summary["arms"].items():
         cells = [_cell(found["metrics"][name], 3) for name in head]
-        out.append(f"| {ARM_TITLES[arm]} | {' | '.join(cells)} | {_cell(found['value'], 2)} |")
+        few = f", {found['rows']} rows" if found["rows"] < summary["rows"] else ""
+        out.append(f"| {ARM_TITLES[arm]}{few} | {' | '.join(cells)} | {_cell(found['value'], 2)} |")
     out += ["", f"{summary['rows']} evaluation rows, 95 % intervals in brackets.", ""]
     if climb := summary.get("climb"):
         out += _climb_lines(climb)

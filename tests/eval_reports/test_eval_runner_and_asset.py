@@ -189,6 +189,48 @@ def test_retrained_adapter_does_not_repeat_the_base_arms(
     assert set(built.summary["arms"]) == {"zero_shot", "few_shot", "adapter", "champion"}
 
 
+def test_the_bare_base_answers_fewer_rows_where_a_champion_decides(
+    inputs: Inputs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ml_assets.engine import generation
+
+    path = inputs.home / "more.jsonl"
+    path.write_text('{"text": "sing a song for the cat", "label": "impossible"}\n')
+    few = {"base_rows": 10, "must_pass": path.name}
+    champion = inputs.adapter()
+    first = report(inputs, champion, **few)
+    whole = report(inputs, champion, base_rows=None, must_pass=path.name)
+    assert {arm: entry["rows"] for arm, entry in first.summary["arms"].items()} == dict.fromkeys(
+        ("zero_shot", "few_shot", "adapter"), 48
+    ), "without a champion the bare base decides, on all rows"
+    lines = (first.directory / "rows.jsonl").read_text().splitlines()
+    assert lines == (whole.directory / "rows.jsonl").read_text().splitlines()
+
+    asked: list[int] = []
+    real = generation.generate
+
+    def count(base: Any, prompts: Any, *args: Any, **kwargs: Any) -> Any:
+        asked.append(len(prompts))
+        return real(base, prompts, *args, **kwargs)
+
+    monkeypatch.setattr(generation, "generate", count)
+    built = report(inputs, inputs.adapter(seed=6), Champion(champion, None), **few)
+    assert asked == [49], "what the bare base answered before is kept"
+    assert {arm: entry["rows"] for arm, entry in built.summary["arms"].items()} == {
+        "zero_shot": 10, "few_shot": 10, "adapter": 48, "champion": 48,
+    }  # fmt: skip
+    assert (built.summary["rows"], built.summary["must_pass"]) == (48, 1)
+    assert built.decision["difference"]["rows"] == 48
+    before = [json.loads(line) for line in lines]
+    first_rows = sorted({line["row"] for line in before if line["sampled"]})[:10]
+    asked_now = [json.loads(line) for line in (built.directory / "rows.jsonl").read_text().splitlines()]
+    assert [line for line in asked_now if line["arm"] == "zero_shot"] == [
+        line for line in before if line["arm"] == "zero_shot" and line["row"] in first_rows
+    ]
+    assert "Base model, asked, 10 rows" in built.markdown
+    assert "10 rows</span>" in (built.directory / "report.html").read_text()
+
+
 def test_answers_by_label_scores(inputs: Inputs) -> None:
     spec = specification(answer_by="label_scores")
     found = train_adapter(
