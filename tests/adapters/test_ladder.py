@@ -56,6 +56,24 @@ def test_a_minor_revision_takes_a_copy(world: World, monkeypatch: pytest.MonkeyP
     assert again.adapter.ref == climbed.adapter.ref and again.adapter.reused
 
 
+def test_starts_are_compared_on_a_few_rows_the_same_for_all(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[list[tuple[int, ...]]] = []
+    real = ladder_module.losses_of
+
+    def count(base: Any, folder: Any, examples: Any) -> list[float]:
+        asked.append([tuple(example.target) for example in examples])
+        return real(base, folder, examples)
+
+    monkeypatch.setattr(ladder_module, "losses_of", count)
+    monkeypatch.setattr(ladder_module, "START_ROWS", 5)
+    climbed = world.climb("minor", specification(["copy", "distil"]))
+    assert rung(climbed, "copy").start in ("copy", "rescaled copy")
+    assert len(asked) == 3, "no adapter, the copy, the rescaled copy"
+    assert all(len(rows) == 5 and rows == asked[0] for rows in asked)
+
+
 def test_the_report_is_that_of_the_look(world: World) -> None:
     spec = specification()
     climbed = world.climb("minor", spec)
