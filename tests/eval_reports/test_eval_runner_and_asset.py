@@ -134,6 +134,21 @@ def report(inputs: Inputs, adapter: ArtifactRef, champion: Champion | None = Non
     )
 
 
+def count_prompts(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many prompts each generation from now on is given, as they come."""
+    from ml_assets.engine import generation
+
+    asked: list[int] = []
+    real = generation.generate
+
+    def count(base: Any, prompts: Any, *args: Any, **kwargs: Any) -> Any:
+        asked.append(len(prompts))
+        return real(base, prompts, *args, **kwargs)
+
+    monkeypatch.setattr(generation, "generate", count)
+    return asked
+
+
 def test_first_adapter_is_promoted_against_the_base(inputs: Inputs) -> None:
     built = report(inputs, inputs.adapter())
     decision = built.decision
@@ -171,18 +186,9 @@ def test_nothing_changed_computes_nothing_and_gives_the_same_bytes(
 def test_retrained_adapter_does_not_repeat_the_base_arms(
     inputs: Inputs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from ml_assets.engine import generation
-
     champion = inputs.adapter()
     report(inputs, champion)
-    asked: list[int] = []
-    real = generation.generate
-
-    def count(base: Any, prompts: Any, *args: Any, **kwargs: Any) -> Any:
-        asked.append(len(prompts))
-        return real(base, prompts, *args, **kwargs)
-
-    monkeypatch.setattr(generation, "generate", count)
+    asked = count_prompts(monkeypatch)
     built = report(inputs, inputs.adapter(seed=5), Champion(champion, None))
     assert asked == [48], "only the new adapter has to answer"
     assert built.decision["reference"] == "champion"
@@ -192,8 +198,6 @@ def test_retrained_adapter_does_not_repeat_the_base_arms(
 def test_the_bare_base_answers_fewer_rows_where_a_champion_decides(
     inputs: Inputs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from ml_assets.engine import generation
-
     path = inputs.home / "more.jsonl"
     path.write_text('{"text": "sing a song for the cat", "label": "impossible"}\n')
     few = {"base_rows": 10, "must_pass": path.name}
@@ -206,14 +210,7 @@ def test_the_bare_base_answers_fewer_rows_where_a_champion_decides(
     lines = (first.directory / "rows.jsonl").read_text().splitlines()
     assert lines == (whole.directory / "rows.jsonl").read_text().splitlines()
 
-    asked: list[int] = []
-    real = generation.generate
-
-    def count(base: Any, prompts: Any, *args: Any, **kwargs: Any) -> Any:
-        asked.append(len(prompts))
-        return real(base, prompts, *args, **kwargs)
-
-    monkeypatch.setattr(generation, "generate", count)
+    asked = count_prompts(monkeypatch)
     built = report(inputs, inputs.adapter(seed=6), Champion(champion, None), **few)
     assert asked == [49], "what the bare base answered before is kept"
     assert {arm: entry["rows"] for arm, entry in built.summary["arms"].items()} == {
