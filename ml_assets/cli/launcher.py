@@ -19,9 +19,11 @@ from typing import Any, Self
 
 import psutil
 from dagster import DagsterRun, DagsterRunStatus
+from dagster._core.events import RunFailureReason
+from dagster._core.execution.retries import auto_reexecution_should_retry_run
 from dagster._core.launcher.base import CheckRunHealthResult, LaunchRunContext, RunLauncher, WorkerStatus
 from dagster._core.origin import DEFAULT_DAGSTER_ENTRY_POINT, get_python_environment_entry_point
-from dagster._core.storage.tags import RETRY_STRATEGY_TAG
+from dagster._core.storage.tags import RETRY_STRATEGY_TAG, WILL_RETRY_TAG
 from dagster._grpc.types import ExecuteRunArgs
 from dagster._serdes import ConfigurableClass
 from dagster._serdes.config_class import ConfigurableClassData
@@ -144,6 +146,14 @@ class WorkerProcessLauncher(RunLauncher, ConfigurableClass):
         threading.Thread(target=self._kill_later, args=(run.tags,), daemon=True).start()
         return True
 
+    def _say_whether_it_is_retried(self, run: DagsterRun) -> None:
+        """Before the failure is reported. Dagster stores the event of a failure before the status of the run; the
+        daemon's retries read the events, and would pass for ever over a run that still looks started then."""
+        if self._instance.run_retries_enabled:
+            failed = run.with_status(DagsterRunStatus.FAILURE)
+            again = auto_reexecution_should_retry_run(self._instance, failed, RunFailureReason.UNKNOWN)
+            self._instance.add_run_tags(run.run_id, {WILL_RETRY_TAG: str(again).lower()})
+
     @staticmethod
     def _kill_later(tags: Mapping[str, str]) -> None:
         time.sleep(GRACE_SECONDS)
@@ -163,6 +173,7 @@ class WorkerProcessLauncher(RunLauncher, ConfigurableClass):
         if current is None or current.status != DagsterRunStatus.STARTED:
             return CheckRunHealthResult(WorkerStatus.SUCCESS)  # it ended while we looked
         fence(run.run_id, "its process died")
+        self._say_whether_it_is_retried(current)
         return CheckRunHealthResult(WorkerStatus.FAILED, msg=describe(run))
 
 

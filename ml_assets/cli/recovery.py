@@ -66,7 +66,8 @@ def requeue_lost(instance: DagsterInstance, url: str, known: set[str]) -> list[s
 
     The daemon loses a retry in two ways: it can't submit it and gives up, or it looks at the failure between
     the moments when the event and the new status of the run are stored, and takes the run for one that has
-    not failed. A run that can't be requeued now is tried again at the next call. `known` is the caller's
+    not failed (one whose process died says before that whether it is retried; one that never started does
+    not). A run that can't be requeued now is tried again at the next call. `known` is the caller's
     memory of runs that need no second look.
     """
     since = datetime.now(UTC) - timedelta(days=1)

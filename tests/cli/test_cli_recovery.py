@@ -17,6 +17,7 @@ from dagster._core.storage.tags import (
     WILL_RETRY_TAG,
 )
 from dagster._core.test_utils import create_run_for_test
+from dagster._daemon.auto_run_reexecution.auto_run_reexecution import should_retry
 
 from ml_assets.cli.launcher import BOOT_ID, PROCESS_STARTED, identity
 from ml_assets.cli.recovery import CURSORS, recover, requeue_lost
@@ -202,6 +203,24 @@ def test_run_monitoring_sees_the_same(instance, worker):
     assert launcher.check_run_worker_health(gone).status == WorkerStatus.FAILED
     assert fenced(gone.run_id)
     assert not fenced(alive.run_id)
+
+
+def test_a_look_between_the_event_of_a_failure_and_its_status_retries_the_run(instance):
+    """The daemon reads the event that a run failed, and finds it still started: it never looks again."""
+    run = create_run_for_test(instance, status=DagsterRunStatus.STARTED, tags=dead())
+    assert not should_retry(run, instance)
+    instance.run_launcher.check_run_worker_health(run)
+    between = instance.get_run_by_id(run.run_id)
+    assert between.status == DagsterRunStatus.STARTED
+    assert should_retry(between, instance)
+
+
+def test_a_look_in_between_does_not_retry_what_crashed_too_often(instance):
+    root = create_run_for_test(instance, status=DagsterRunStatus.FAILURE)
+    for _ in range(instance.run_retries_max_retries):
+        last = create_run_for_test(instance, status=DagsterRunStatus.STARTED, **child_of(root, dead()))
+    instance.run_launcher.check_run_worker_health(last)
+    assert not should_retry(instance.get_run_by_id(last.run_id), instance)
 
 
 def test_a_run_that_ended_while_it_was_looked_at_has_not_failed(instance):
