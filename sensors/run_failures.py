@@ -18,6 +18,8 @@ from sensors.dispatch import tick_result
 RUNS_PER_TICK = 50
 OVERLAP = datetime.timedelta(minutes=2)
 """Looked at again each time: runs that were being written at the last tick. An alert is raised once."""
+TICK = datetime.timedelta(microseconds=1)
+"""Of the clock of updates: runs after one that ended at the same moment are looked at, too."""
 FIRST_LOOK = datetime.timedelta(days=1)
 SECONDS = 5.0
 
@@ -52,8 +54,9 @@ def build_run_failures_sensor(seconds: float = SECONDS) -> dg.SensorDefinition:
             book.alert(*(_alert(context.instance, run, settings) for run in new))
             lines = [f"{len(new)} runs failed"] if new else []
             lines += _deliver(context, book, settings.alert_webhook, seconds)
-        # a full page goes on where it ended
-        last = failed[-1].update_timestamp if len(failed) == RUNS_PER_TICK else now
+        # a full page goes on where it ended: with the overlap, the same page might come again and again
+        full = len(failed) == RUNS_PER_TICK
+        last = failed[-1].update_timestamp + OVERLAP - TICK if full else now
         return tick_result(context, [], lines or ["nothing failed"], max(last, since).isoformat())
 
     return run_failures

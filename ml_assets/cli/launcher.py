@@ -147,8 +147,8 @@ class WorkerProcessLauncher(RunLauncher, ConfigurableClass):
         return True
 
     def _say_whether_it_is_retried(self, run: DagsterRun) -> None:
-        """Before the failure is reported. Dagster stores the event of a failure before the status of the run; the
-        daemon's retries read the events, and would pass for ever over a run that still looks started then."""
+        """Before the failure is reported. Dagster stores the event of a failure before the status of the run;
+        the daemon's retries read events, and would pass for ever over a run that still looks started."""
         if self._instance.run_retries_enabled:
             failed = run.with_status(DagsterRunStatus.FAILURE)
             again = auto_reexecution_should_retry_run(self._instance, failed, RunFailureReason.UNKNOWN)

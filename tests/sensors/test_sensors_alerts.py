@@ -13,6 +13,7 @@ from dagster._core.storage.tags import WILL_RETRY_TAG
 from dagster._core.test_utils import create_run_for_test
 from maintenance_world import make_spec, release
 
+import sensors.run_failures
 from ml_assets.decisions.book import DecisionBook
 from ml_assets.decisions.records import Alert
 from ml_assets.endpoints.ledger import Ledger
@@ -105,6 +106,21 @@ def test_a_failed_run_is_told_once(instance: dg.DagsterInstance, webhook: Webhoo
     (alert,) = webhook.got
     assert alert["title"] == "broken_job failed" and alert["details"] == "row 3: expected a name"
     assert alert["text"].startswith("[error] broken_job failed\nrow 3") and run_id in alert["url"]
+
+
+def test_of_many_that_fail_at_once_all_are_told(
+    instance: dg.DagsterInstance, webhook: Webhook, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sensors.run_failures, "RUNS_PER_TICK", 5)
+    started = [create_run_for_test(instance, status=dg.DagsterRunStatus.STARTED) for _ in range(12)]
+    failed = {run.run_id for run in started}
+    for run in started:
+        instance.report_run_failed(run)
+    tick = Ticks(build_run_failures_sensor(), instance)
+    told = [tick() for _ in range(4)]
+    assert [line.split(" runs")[0] for line in told] == ["5", "4", "3", "nothing failed"]
+    assert {alert["id"] for alert in webhook.got} == {f"run:{run_id}" for run_id in failed}
+    assert len(webhook.got) == len(failed)
 
 
 def test_a_run_that_is_repeated_is_not_told(instance: dg.DagsterInstance, webhook: Webhook) -> None:
