@@ -57,9 +57,9 @@ def build_drift_sensor(
         asked = {name: Asked(**values) for name, values in json.loads(context.cursor or "{}").items()}
         due = find_due(by_name, heads, notes, serving)
         room = max(0, RUNS_PER_TICK - len(done.requests))
-        busy = running(context.instance, due[:room], "look")
-        looks, lines = [], [*done.lines]
-        for name in due[:room]:
+        busy = running(context.instance, due, "look")
+        looks, lines, left = [], [*done.lines], 0
+        for name in due:
             if name in busy:
                 lines.append(f"{name}: a look is under way")
                 continue
@@ -67,14 +67,17 @@ def build_drift_sensor(
             if isinstance(this, str):
                 lines.append(f"{name}: {this}")
                 continue
+            if len(busy) + len(looks) >= room:
+                left += 1
+                continue
             asked[name] = this
             key = f"{name}:look:{serving[name].adapter_digest[:12]}:{this.looked}:{this.attempt}"
             looks.append(targets.request(name, "look", key))
         if looks:
             names = [str(look.tags[CUSTOMIZATION_TAG]) for look in looks]
             lines.append(f"enough new requests to look at {listing(names)}")
-        if len(due) > room:
-            lines.append(f"{len(due) - room} looks are left to the next tick")
+        if left:
+            lines.append(f"{left} looks are left to the next tick")
         if not lines:
             lines.append(_quiet(by_name, heads, notes, serving))
         cursor = json.dumps({name: asdict(one) for name, one in asked.items() if name in by_name})

@@ -3,7 +3,7 @@
 import datetime
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import dagster as dg
@@ -85,7 +85,8 @@ def build_endpoint_health_sensor(
         if away:
             busy = running(context.instance, list(away))
             bucket = int(time.time() // (REPAIR_MINUTES * 60))
-            for name, reason in away.items():
+            for name in in_turn(away, cursor.get("repaired", "")):
+                reason = away[name]
                 if name in busy:
                     lines.append(f"{name}: {reason}; run {busy[name][:8]} is at work")
                 elif len(requests) < RUNS_PER_TICK:
@@ -93,6 +94,7 @@ def build_endpoint_health_sensor(
                     key = f"{name}:health:{serving[name].adapter_digest[:12]}:{serving[name].id}:{bucket}"
                     tags = {ACTION_TAG: "serve_again"}
                     requests.append(targets.request(name, "main", key, ("endpoint",), tags=tags))
+                    cursor["repaired"] = name
         if not away and not wrong:
             lines.append(f"the gateway serves all {len(serving)} as the ledger says")
         return tick_result(context, requests, lines, json.dumps(cursor))
@@ -113,6 +115,11 @@ def find_away(health: Mapping[str, Any], serving: Mapping[str, Release]) -> dict
     return away
 
 
+def in_turn(names: Iterable[str], last: str) -> list[str]:
+    """In order, those after `last` first: ticks that take a few each come to all of them."""
+    return sorted(names, key=lambda name: (name <= last, name))
+
+
 def _probe(
     client: GatewayClient,
     store: ArtifactStore,
@@ -121,11 +128,8 @@ def _probe(
     cursor: dict[str, Any],
 ) -> tuple[dict[str, str], list[str]]:
     """Ask a few for their fingerprints, going round; {customization: what is wrong}, and what was done."""
-    names = sorted(names)
-    start = next((i for i, name in enumerate(names) if name > cursor.get("probed", "")), 0)
-    turn = [*names[start:], *names[:start]][:PROBES_PER_TICK]
     wrong, asked, lines, deadline = {}, [], [], time.monotonic() + PROBE_SECONDS
-    for name in turn:
+    for name in in_turn(names, cursor.get("probed", ""))[:PROBES_PER_TICK]:
         left = deadline - time.monotonic()
         if left <= 0:
             break

@@ -41,29 +41,31 @@ def build_feedback_quality_sensor(
         context: dg.SensorEvaluationContext, ledger: LedgerResource, traffic_log: TrafficLogResource
     ) -> dg.SensorResult:
         examined: dict[str, int] = json.loads(context.cursor or "{}")
-        lines, few = [], []
+        lines = []
         with traffic_log.opened() as log, ledger.opened() as opened:
             book, serving, settings = DecisionBook(opened), opened.current_all(), Settings.from_env()
-            heads = {name: head for name, head in log.heads().items() if name in by_name}
-            new = [n for n, head in heads.items() if head.last_feedback_seq > examined.get(n, 0)]
-            for name in new[:PER_TICK]:
+            last = {name: head.last_feedback_seq for name, head in log.heads().items() if name in by_name}
+            since = {name: examined.get(name, 0) for name in last if last[name] > examined.get(name, 0)}
+            new = log.count_feedback(since)
+            # the most first: those that never reach a window must not keep the others waiting
+            due = sorted((n for n in new if new[n] >= window), key=lambda n: -new[n])
+            for name in due[:PER_TICK]:
                 judged = log.feedback(name)
-                since = examined.get(name, 0)
-                fresh = sum((one.feedback.seq or 0) > since for one in judged)
-                if fresh < window:
-                    few.append(f"{name} ({fresh} of {window})")
-                    continue
-                findings = examine(judged, window)
+                fresh = sum((one.feedback.seq or 0) > since[name] for one in judged)
+                # all that is new, so that a flood is not compared with itself; at first, all is new
+                findings = examine(judged, fresh if since[name] else window)
                 # what was raised is in the book before the cursor moves on, and there only once
                 if findings:
-                    last = judged[-1].feedback.seq or 0
-                    decision = suspicion(by_name[name], serving.get(name), findings, last, settings)
+                    newest = judged[-1].feedback.seq or 0
+                    decision = suspicion(by_name[name], serving.get(name), findings, newest, settings)
                     book.alert(_alert(book.record(decision), settings))
                     lines.append(f"{name}: {decision.diagnosis}")
                 else:
                     lines.append(f"{name}: {fresh} pieces of feedback, nothing unusual")
-                examined[name] = heads[name].last_feedback_seq
-        if few:
+                examined[name] = last[name]
+        if len(due) > PER_TICK:
+            lines.append(f"{len(due) - PER_TICK} are left to the next tick")
+        if few := [f"{name} ({count} of {window})" for name, count in new.items() if count < window]:
             lines.append(f"too little new feedback to judge: {listing(few)}")
         if not lines:
             lines.append("no new feedback")

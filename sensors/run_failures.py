@@ -22,6 +22,8 @@ TICK = datetime.timedelta(microseconds=1)
 """Of the clock of updates: runs after one that ended at the same moment are looked at, too."""
 FIRST_LOOK = datetime.timedelta(days=1)
 SECONDS = 5.0
+REFUSED = frozenset({400, 413, 422})
+"""What a webhook answers to a message that it does not take at any time: later ones must not wait for it."""
 
 
 def build_run_failures_sensor(seconds: float = SECONDS) -> dg.SensorDefinition:
@@ -82,24 +84,31 @@ def _deliver(
     context: dg.SensorEvaluationContext, book: DecisionBook, webhook: str | None, seconds: float
 ) -> list[str]:
     waiting = book.undelivered()
-    sent = 0
+    told = refused = 0
     # a proxy of the environment may be what reaches the webhook, so it is used
     with httpx.Client(timeout=seconds) as client:
         for alert in waiting:
             context.log.warning(f"{alert.title}: {alert.text}")
             if webhook:
                 try:
-                    client.post(webhook, json=message(alert)).raise_for_status()
+                    response = client.post(webhook, json=message(alert))
+                    if response.status_code in REFUSED:
+                        context.log.error(f"the webhook refuses this alert ({response.status_code})")
+                        refused += 1
+                    else:
+                        response.raise_for_status()
                 except httpx.HTTPError as error:
                     # the address may hold a secret, and so may the error that names it
                     status = error.response.status_code if isinstance(error, httpx.HTTPStatusError) else ""
                     reason = f"{type(error).__name__} {status}".strip()
-                    return [f"{sent} alerts sent; the webhook did not take the next one ({reason}), it waits"]
+                    return [f"{told - refused} alerts sent; the webhook did not take the next one ({reason}), it waits"]
             book.delivered(alert.id)
-            sent += 1
-    if not sent:
-        return []
-    return [f"{sent} alerts " + ("sent" if webhook else "logged (EVERGREEN_ALERT_WEBHOOK is not set)")]
+            told += 1
+    lines = [f"{refused} alerts refused by the webhook"] if refused else []
+    if told > refused:
+        where = "sent" if webhook else "logged (EVERGREEN_ALERT_WEBHOOK is not set)"
+        lines.append(f"{told - refused} alerts {where}")
+    return lines
 
 
 def _alert(instance: dg.DagsterInstance, run: dg.DagsterRun, settings: Settings) -> Alert:

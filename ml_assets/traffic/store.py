@@ -283,6 +283,19 @@ class TrafficLog:
             for row in rows
         ]
 
+    def count_feedback(self, since: Mapping[str, int]) -> dict[str, int]:
+        """How many requests of each customization were judged after its sequence number in `since`, where any
+        were: one query."""
+        if not since:
+            return {}
+        columns = sa.column("name", sa.String), sa.column("seq", _SEQ)
+        given = sa.values(*columns, name="given").data(list(since.items())).cte("given")
+        new = sa.and_(_feedback.c.customization == given.c.name, _feedback.c.seq > given.c.seq)
+        query = sa.select(_feedback.c.customization, sa.func.count()).join(given, new)
+        with self.engine.connect() as connection:
+            found = connection.execute(query.group_by(_feedback.c.customization)).all()
+        return {row[0]: row[1] for row in found}
+
     def heads(self) -> dict[str, Head]:
         """What is newest of every customization that has traffic: one query, one row for each."""
         with self.engine.connect() as connection:

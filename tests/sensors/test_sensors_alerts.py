@@ -22,24 +22,26 @@ from ml_assets.traffic.records import TrafficRecord
 from ml_assets.traffic.store import TrafficLog
 from resources.ledger import LedgerResource
 from resources.traffic_log import TrafficLogResource
-from sensors.feedback_quality import build_feedback_quality_sensor
+from sensors.feedback_quality import PER_TICK, build_feedback_quality_sensor
 from sensors.run_failures import build_run_failures_sensor
 
 
 class Webhook:
-    """A receiver of alerts: `got` what it took, `status` what it answers."""
+    """A receiver of alerts: `got` what it took, `status` what it answers, `refuses` what it says to some."""
 
     def __init__(self) -> None:
         self.got: list[dict[str, Any]] = []
         self.status = 200
+        self.refuses: dict[str, int] = {}
         outer = self
 
         class Handler(BaseHTTPRequestHandler):
             def do_POST(self) -> None:
                 body = json.loads(self.rfile.read(int(self.headers["content-length"])))
-                if outer.status == 200:
+                status = outer.refuses.get(body["id"], outer.status)
+                if status == 200:
                     outer.got.append(body)
-                self.send_response(outer.status)
+                self.send_response(status)
                 self.end_headers()
 
             def log_message(self, *_: Any) -> None: ...
@@ -147,11 +149,51 @@ def test_what_the_webhook_does_not_take_waits(instance: dg.DagsterInstance, webh
     assert [alert.id for alert in book.undelivered()] == ["c"]
 
 
+@pytest.mark.parametrize(("status", "taken"), [(400, ["b"]), (413, ["b"]), (401, []), (503, [])])
+def test_an_alert_that_the_webhook_refuses_holds_up_no_other(
+    instance: dg.DagsterInstance, webhook: Webhook, status: int, taken: list[str]
+) -> None:
+    book = DecisionBook(Ledger(Settings.from_env().ledger_url))
+    book.alert(Alert("a", "first", "text"), Alert("b", "second", "text"))
+    webhook.refuses["a"] = status
+    tick = Ticks(build_run_failures_sensor(), instance)
+    told = tick()
+    assert ("1 alerts refused by the webhook; 1 alerts sent" in told) == bool(taken)
+    assert [alert["id"] for alert in webhook.got] == taken
+    webhook.refuses.clear()
+    tick()
+    assert [alert["id"] for alert in webhook.got] == (taken or ["a", "b"])
+
+
 def test_without_a_webhook_alerts_are_logged(instance: dg.DagsterInstance) -> None:
     book = DecisionBook(Ledger(Settings.from_env().ledger_url))
     book.alert(Alert("a", "first", "text"))
     tick = Ticks(build_run_failures_sensor(), instance)
     assert "1 alerts logged" in tick() and book.undelivered() == []
+
+
+def say(traffic: TrafficLog, first: int, count: int, key: str | None, name: str = "home") -> None:
+    """Requests with these numbers, each judged by the key that asked; without one, five keys take turns."""
+    for number in range(first, first + count):
+        asked = TrafficRecord(
+            id=f"{name}-{number}",
+            at="2026-03-10T12:00:00+00:00",
+            customization=name,
+            key_id=key or f"key{number % 5}",
+            adapter_digest="a",
+            base_revision="b",
+            messages=[{"role": "user", "content": f"question {number}"}],
+            answer="yes",
+            status=200,
+            finish_reason="stop",
+            prompt_tokens=1,
+            completion_tokens=1,
+            latency_ms=1.0,
+            first_token_ms=None,
+            mean_logprob=None,
+        )
+        traffic.append([asked])
+        traffic.give_feedback(asked.id, asked.key_id, None, "yes")
 
 
 def test_unusual_feedback_is_told_and_recorded_once(
@@ -163,33 +205,11 @@ def test_unusual_feedback_is_told_and_recorded_once(
     tick = Ticks(build_feedback_quality_sensor([make_spec()], window=50), instance)
     assert tick() == "no new feedback"
 
-    def say(first: int, count: int, key: str | None) -> None:
-        for number in range(first, first + count):
-            asked = TrafficRecord(
-                id=f"chatcmpl-{number}",
-                at="2026-03-10T12:00:00+00:00",
-                customization="home",
-                key_id=key or f"key{number % 5}",
-                adapter_digest="a",
-                base_revision="b",
-                messages=[{"role": "user", "content": f"question {number}"}],
-                answer="yes",
-                status=200,
-                finish_reason="stop",
-                prompt_tokens=1,
-                completion_tokens=1,
-                latency_ms=1.0,
-                first_token_ms=None,
-                mean_logprob=None,
-            )
-            traffic.append([asked])
-            traffic.give_feedback(asked.id, asked.key_id, None, "yes")
-
-    say(0, 100, None)
+    say(traffic, 0, 100, None)
     assert "nothing unusual" in tick()
-    say(100, 20, None)
+    say(traffic, 100, 20, None)
     assert tick() == "too little new feedback to judge: home (20 of 50)"
-    say(120, 50, "key9")
+    say(traffic, 120, 50, "key9")
     first = tick(keep_cursor=False)
     assert "key key9 gave" in first
     assert tick() == first, "the tick whose cursor was lost is repeated"
@@ -199,3 +219,29 @@ def test_unusual_feedback_is_told_and_recorded_once(
     (alert,) = book.undelivered()
     assert "unusual feedback" in alert.title
     assert tick() == "no new feedback"
+
+
+def test_a_flood_is_compared_with_what_was_before_it(
+    instance: dg.DagsterInstance, evergreen_home: Path
+) -> None:
+    release(Ledger(Settings.from_env().ledger_url))
+    traffic = TrafficLog(Settings.from_env().traffic_url)
+    tick = Ticks(build_feedback_quality_sensor([make_spec()], window=50), instance)
+    say(traffic, 0, 100, None)
+    assert "nothing unusual" in tick()
+    say(traffic, 100, 300, "key9")  # many windows between two ticks
+    assert "key key9 gave 100% of the newest feedback, 0% before" in tick()
+
+
+def test_those_with_little_new_feedback_keep_nobody_waiting(
+    instance: dg.DagsterInstance, evergreen_home: Path
+) -> None:
+    traffic, few = TrafficLog(Settings.from_env().traffic_url), [f"few{i}" for i in range(PER_TICK + 1)]
+    tick = Ticks(build_feedback_quality_sensor([make_spec(name=n) for n in [*few, "home"]], 50), instance)
+    for name in few:
+        say(traffic, 0, 1, None, name)
+    say(traffic, 0, 100, None)
+    assert tick() == (
+        "home: 100 pieces of feedback, nothing unusual; too little new feedback to judge: few0 (1 of 50), "
+        f"few1 (1 of 50), few10 (1 of 50), few11 (1 of 50), few12 (1 of 50) and {len(few) - 5} more"
+    )

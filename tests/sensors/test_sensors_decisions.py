@@ -22,6 +22,7 @@ from maintenance_world import (
     release,
 )
 
+import sensors.drift
 from ml_assets.base_models.partitions import BASE_MODELS
 from ml_assets.decisions.book import DecisionBook
 from ml_assets.decisions.diagnosis import Policy, decide
@@ -160,6 +161,27 @@ def test_a_look_that_does_not_happen_is_asked_for_again_and_not_for_ever(fleet: 
     assert requests == [] and "3 looks failed; the next one after 10 more requests" in why
     fleet.ask(10)
     assert fleet.tick("drift")[0][0].run_key == f"home:look:{ADAPTER[:12]}:0:4"
+
+
+def test_looks_that_fail_keep_nobody_waiting(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sensors.drift, "RUNS_PER_TICK", 1)
+    fleet.ask(18)
+    for _ in range(3):
+        fleet.tick("drift")
+    fleet.ask(10, "other")
+    ((look,), _) = fleet.tick("drift")
+    assert look.job_name == "other__look"
+
+
+def test_a_tick_leaves_looks_to_the_next(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sensors.drift, "RUNS_PER_TICK", 1)
+    fleet.ask(11)
+    fleet.ask(10, "other")
+    ((look,), _) = fleet.tick("drift")
+    assert look.job_name == "home__look"
+    tags = {CUSTOMIZATION_TAG: "home"}
+    create_run_for_test(fleet.instance, job_name="home__look", status=dg.DagsterRunStatus.STARTED, tags=tags)
+    assert fleet.tick("drift") == ([], "home: a look is under way; 1 looks are left to the next tick")
 
 
 def test_what_serves_nothing_is_not_looked_at(fleet: Fleet) -> None:

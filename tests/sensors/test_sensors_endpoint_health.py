@@ -24,7 +24,7 @@ from ml_assets.settings import Settings
 from resources.artifact_store import ArtifactStoreResource
 from resources.gateway import GatewayResource
 from resources.ledger import LedgerResource
-from sensors.endpoint_health import build_endpoint_health_sensor
+from sensors.endpoint_health import build_endpoint_health_sensor, in_turn
 
 SPEC = make_spec()
 
@@ -128,3 +128,12 @@ def test_a_silent_gateway(world: World, instance: dg.DagsterInstance) -> None:
     assert {alert.title for alert in DecisionBook(world.ledger).undelivered()} == {
         "the gateway does not answer"
     }
+
+
+def test_ticks_that_take_a_few_each_come_to_all() -> None:
+    names, taken, last = {"c", "a", "e", "b", "d"}, [], ""
+    for _ in range(3):
+        taken += in_turn(names, last)[:2]
+        last = taken[-1]
+    assert taken == ["a", "b", "c", "d", "e", "a"]
+    assert in_turn([], "x") == [] and in_turn(["a"], "gone") == ["a"]

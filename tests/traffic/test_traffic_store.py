@@ -110,6 +110,17 @@ def test_the_last_feedback_counts(log: TrafficLog) -> None:
     assert log.feedback("news") == []
 
 
+def test_new_feedback_is_counted_for_each_customization_from_where_it_was_read(log: TrafficLog) -> None:
+    asked = [record("home"), record("news"), record("home"), record("home"), record("quiet")]
+    log.append(asked)
+    seqs = [log.give_feedback(r.id, r.key_id, 1, None).seq or 0 for r in asked[:4]]
+    assert log.count_feedback({}) == {}
+    assert log.count_feedback({"home": 0, "news": 0, "quiet": 0, "no": 0}) == {"home": 3, "news": 1}
+    assert log.count_feedback({"home": seqs[0], "news": seqs[1]}) == {"home": 2}
+    log.give_feedback(asked[0].id, asked[0].key_id, -1, None)
+    assert log.count_feedback({"home": seqs[0]}) == {"home": 3}, "what was said anew is new"
+
+
 def test_purge_takes_the_feedback_along_and_numbers_are_never_given_again(log: TrafficLog) -> None:
     now = datetime.now(UTC)
 
