@@ -59,7 +59,7 @@ from ml_assets.eval_reports.metrics import metric_name
 from ml_assets.eval_reports.statistics import mean_bounds
 from ml_assets.spec import AdapterRecipe, CustomizationSpec, PromptSpec, RungName
 
-LADDER_VERSION = "5"
+LADDER_VERSION = "6"
 """Raise when the same inputs would climb in another way."""
 KIND = "climb"
 
@@ -74,9 +74,10 @@ SCREEN_ALPHA = 0.025
 HOPELESS, MAPPED = 0.5, 0.9
 """Of what the champion's adapter gains in nats per validation answer: with less a rung is not shown, nor,
 below the second, an adapter that was mapped to other shapes and not tuned."""
-CLOSE, CLOSE_NATS = 1.25, 0.08
-"""A copy is shown when its loss is at most so many times the champion's on its own base, or so many nats per
-answer above it; a worse one is tuned first, which costs about as much as a look that it would not stand."""
+CLOSE, CLOSE_SHARE = 1.25, 0.5
+"""A copy is shown when its loss is at most so many times the champion's on its own base, or above it by at
+most so many nats per answer as this share of the gate's margin: an answer that turns wrong costs about a nat.
+A worse one is tuned first: a look that it would not stand costs half of alpha, too."""
 EVEN = 0.5
 """A climb goes on while an adapter as good as the champion would be accepted with this probability."""
 DISTIL_SHARE = 0.3
@@ -400,7 +401,8 @@ class _Climber:
         elif (
             "tune" in wanted
             and plan.champion is not None
-            and loss > max(CLOSE * plan.champion, plan.champion + CLOSE_NATS)
+            and loss
+            > max(CLOSE * plan.champion, plan.champion + CLOSE_SHARE * self.spec.evaluation.gate.margin)
         ):
             self._settle(
                 plan,

@@ -74,6 +74,23 @@ def test_starts_are_compared_on_a_few_rows_the_same_for_all(
     assert all(len(rows) == 5 and rows == asked[0] for rows in asked)
 
 
+@pytest.mark.parametrize(("champion", "shots", "shown"), [(0.226, 1, True), (0.224, 3, False)])
+def test_a_copy_is_tuned_first_when_it_lost_more_than_half_of_the_margin(
+    world: World, monkeypatch: pytest.MonkeyPatch, champion: float, shots: int, shown: bool
+) -> None:
+    """The margin is 0.15. The copy's loss is 0.3 nats per answer; the champion's is less by that or more."""
+
+    def losses(_base: Any, folder: Any, _examples: Any) -> list[float]:
+        return [5.0 if folder is None else 0.3]
+
+    monkeypatch.setattr(ladder_module, "losses_of", losses)
+    monkeypatch.setattr(ladder_module._Climber, "_champion_loss", lambda _: champion)
+    climbed = world.climb("minor", specification(["copy", "tune"], few_shot=shots))
+    copied = rung(climbed, "copy")
+    assert (copied.looks > 0) == shown
+    assert ("it is tuned first" in copied.reason) != shown
+
+
 def test_the_report_is_that_of_the_look(world: World) -> None:
     spec = specification()
     climbed = world.climb("minor", spec)
