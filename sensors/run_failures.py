@@ -101,7 +101,8 @@ def _deliver(
                     # the address may hold a secret, and so may the error that names it
                     status = error.response.status_code if isinstance(error, httpx.HTTPStatusError) else ""
                     reason = f"{type(error).__name__} {status}".strip()
-                    return [f"{told - refused} alerts sent; the webhook did not take the next one ({reason}), it waits"]
+                    waits = f"the webhook did not take the next one ({reason}), it waits"
+                    return [f"{told - refused} alerts sent; {waits}"]
             book.delivered(alert.id)
             told += 1
     lines = [f"{refused} alerts refused by the webhook"] if refused else []

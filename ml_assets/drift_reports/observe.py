@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -69,6 +70,10 @@ class Answered:
     refused: bool
 
 
+LEAST_LOGPROB = math.log(sys.float_info.min)
+"""No probability is smaller, and sums of such values stay finite."""
+
+
 @dataclass(frozen=True)
 class Observation:
     """A request in numbers. `confidence` is the mean log-probability, None where it was not measured; `twin`
@@ -106,9 +111,9 @@ def observe(spec: CustomizationSpec, rule: LabelRule, record: TrafficRecord) -> 
     ]
     raw = "\n".join(str(text) for text in asked)
     text = normalize(raw[: 2 * LONGEST])
-    confidence = record.mean_logprob
-    measured = confidence is not None and math.isfinite(confidence)
-    known = bool(text) and len(raw) <= LONGEST and "\x00" not in raw and (measured or confidence is None)
+    confidence = confidence_of(record)
+    nonsense = confidence is None and record.mean_logprob is not None
+    known = bool(text) and len(raw) <= LONGEST and "\x00" not in raw and not nonsense
     finished = record.finish_reason in (None, "stop")
     return Observation(
         record.seq or 0,
@@ -118,8 +123,17 @@ def observe(spec: CustomizationSpec, rule: LabelRule, record: TrafficRecord) -> 
         text[:LONGEST],
         twin_of(text),
         answered(spec, rule, record.answer or "", finished, known),
-        min(0.0, float(confidence)) if measured and confidence is not None else None,
+        confidence,
     )
+
+
+def confidence_of(record: TrafficRecord) -> float | None:
+    """The mean log-probability of the answer, between LEAST_LOGPROB and 0; None where it was not measured, or
+    is no number."""
+    measured = record.mean_logprob
+    if measured is None or not math.isfinite(measured):
+        return None
+    return min(0.0, max(LEAST_LOGPROB, float(measured)))
 
 
 def twin_of(text: str) -> int:

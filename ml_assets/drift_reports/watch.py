@@ -29,7 +29,7 @@ from ml_assets.drift_reports.detectors import (
 )
 from ml_assets.drift_reports.embeddings import Embed
 from ml_assets.drift_reports.mmd import Kernel, MmdDetector, Tails
-from ml_assets.drift_reports.observe import Observation, as_json, day_of, from_json
+from ml_assets.drift_reports.observe import Observation, as_json, confidence_of, day_of, from_json
 from ml_assets.drift_reports.projection import surface_of
 from ml_assets.drift_reports.reference import Reference
 from ml_assets.eval_reports.metrics import metric_name, right_from, row_scores
@@ -226,15 +226,13 @@ class Watch:
                 self.spec.evaluation.value,
             )[0]
             asked = [m.get("content", "") for m in request.messages if m.get("role") == "user"]
-            confidence = request.mean_logprob
-            known = confidence is not None and math.isfinite(confidence)
             p.labels.append(
                 Labelled(
                     request.seq or 0,
                     request.id,
                     right,
                     float(value),
-                    confidence if known else None,
+                    confidence_of(request),
                     "\n".join(asked)[:400],
                     request.answer[:400],
                     expected[:400],

@@ -8,7 +8,7 @@ from tempfile import mkdtemp
 import numpy as np
 import pytest
 from drift_world import World, numbered, specification
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from ml_assets.drift_reports.embeddings import hashing
@@ -148,6 +148,7 @@ JUNK = [
         st.one_of(st.none(), st.floats(allow_nan=True, allow_infinity=True)), min_size=5, max_size=9
     ),
 )
+@example(texts=[str(i) for i in range(20)], confidences=[-1.7e308])
 @settings(max_examples=12, deadline=None)
 def test_nothing_that_is_asked_or_answered_is_an_error(
     task: str, texts: list[str], confidences: list[float | None]
