@@ -1,6 +1,7 @@
 """Tells people what failed and what was blocked: a log line, and a JSON message to a webhook."""
 
 import datetime
+from collections import Counter
 from typing import Any
 
 import dagster as dg
@@ -83,32 +84,32 @@ def message(alert: Alert) -> dict[str, Any]:
 def _deliver(
     context: dg.SensorEvaluationContext, book: DecisionBook, webhook: str | None, seconds: float
 ) -> list[str]:
-    waiting = book.undelivered()
-    told = refused = 0
+    told: Counter[bool] = Counter()
     # a proxy of the environment may be what reaches the webhook, so it is used
     with httpx.Client(timeout=seconds) as client:
-        for alert in waiting:
+        for alert in book.undelivered():
             context.log.warning(f"{alert.title}: {alert.text}")
+            taken = True
             if webhook:
                 try:
                     response = client.post(webhook, json=message(alert))
-                    if response.status_code in REFUSED:
-                        context.log.error(f"the webhook refuses this alert ({response.status_code})")
-                        refused += 1
-                    else:
+                    taken = response.status_code not in REFUSED
+                    if taken:
                         response.raise_for_status()
+                    else:
+                        context.log.error(f"the webhook refuses this alert ({response.status_code})")
                 except httpx.HTTPError as error:
                     # the address may hold a secret, and so may the error that names it
                     status = error.response.status_code if isinstance(error, httpx.HTTPStatusError) else ""
                     reason = f"{type(error).__name__} {status}".strip()
                     waits = f"the webhook did not take the next one ({reason}), it waits"
-                    return [f"{told - refused} alerts sent; {waits}"]
+                    return [f"{told[True]} alerts sent; {waits}"]
             book.delivered(alert.id)
-            told += 1
-    lines = [f"{refused} alerts refused by the webhook"] if refused else []
-    if told > refused:
+            told[taken] += 1
+    lines = [f"{told[False]} alerts refused by the webhook"] if told[False] else []
+    if told[True]:
         where = "sent" if webhook else "logged (EVERGREEN_ALERT_WEBHOOK is not set)"
-        lines.append(f"{told - refused} alerts {where}")
+        lines.append(f"{told[True]} alerts {where}")
     return lines
 
 
