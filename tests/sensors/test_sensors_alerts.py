@@ -12,13 +12,13 @@ import pytest
 from dagster._core.storage.tags import WILL_RETRY_TAG
 from dagster._core.test_utils import create_run_for_test
 from maintenance_world import make_spec, release
+from traffic_records import record
 
 import sensors.run_failures
 from ml_assets.decisions.book import DecisionBook
 from ml_assets.decisions.records import Alert
 from ml_assets.endpoints.ledger import Ledger
 from ml_assets.settings import Settings
-from ml_assets.traffic.records import TrafficRecord
 from ml_assets.traffic.store import TrafficLog
 from resources.ledger import LedgerResource
 from resources.traffic_log import TrafficLogResource
@@ -175,23 +175,7 @@ def test_without_a_webhook_alerts_are_logged(instance: dg.DagsterInstance) -> No
 def say(traffic: TrafficLog, first: int, count: int, key: str | None, name: str = "home") -> None:
     """Requests with these numbers, each judged by the key that asked; without one, five keys take turns."""
     for number in range(first, first + count):
-        asked = TrafficRecord(
-            id=f"{name}-{number}",
-            at="2026-03-10T12:00:00+00:00",
-            customization=name,
-            key_id=key or f"key{number % 5}",
-            adapter_digest="a",
-            base_revision="b",
-            messages=[{"role": "user", "content": f"question {number}"}],
-            answer="yes",
-            status=200,
-            finish_reason="stop",
-            prompt_tokens=1,
-            completion_tokens=1,
-            latency_ms=1.0,
-            first_token_ms=None,
-            mean_logprob=None,
-        )
+        asked = record(name, key_id=key or f"key{number % 5}", asked=f"question {number}", answer="yes")
         traffic.append([asked])
         traffic.give_feedback(asked.id, asked.key_id, None, "yes")
 
