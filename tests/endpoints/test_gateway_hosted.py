@@ -237,7 +237,8 @@ def test_slow_providers_and_lost_clients(site: Site) -> None:
     site.provider.failures = ["endless"]
     body = {"model": "home", "messages": QUESTION, "stream": True, "max_tokens": 12}
     with site.http.stream("POST", "/v1/chat/completions", json=body) as r:
-        assert next(line for line in r.iter_lines() if "more" in line)
+        lines = r.iter_lines()  # kept: to drop it closes the connection
+        assert next(line for line in lines if "more" in line)
         assert site.provider.open == 1
     deadline = time.monotonic() + 10
     while site.provider.open and time.monotonic() < deadline:

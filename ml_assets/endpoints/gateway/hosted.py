@@ -217,28 +217,28 @@ class HostedEngine(RemoteRequests):
     async def _answer(self, request: Generation) -> None:
         text = _text_of(request.version)
         try:
-            # the event loop's clock is time.monotonic
-            async with asyncio.timeout_at(request.deadline if math.isfinite(request.deadline) else None):
-                async with text.slots:
-                    await self._attempts(text, request)
-        except TimeoutError:
-            request.fail(request.too_late())
+            async with text.slots:
+                await self._attempts(text, request)
         except HostedError as error:
             log.warning("%s: %s", request.version.customization, error)
-            request.fail(_for_users(error, self._work[request].began))
+            raise _for_users(error, self._work[request].began) from None
+        except ApiError:
+            raise
         except Exception as error:
             # the message could hold anything: what was sent, too
             log.error("%s: a request failed: %s", request.version.customization, type(error).__name__)
-            request.fail(ApiError(500, "engine_error", "the model failed on this request"))
+            raise ApiError(500, "engine_error", "the model failed on this request") from None
 
     async def _attempts(self, text: HostedText, request: Generation) -> None:
+        work = self._work[request]
         for attempt in range(1, text.provider.attempts + 1):
+            work.check()
             try:
                 return await self._attempt(text, request)
             except HostedError as error:
                 pause = wait_seconds(error, attempt)
                 late = pause is None or time.monotonic() + pause >= request.deadline
-                if late or attempt == text.provider.attempts or self._work[request].began:
+                if late or attempt == text.provider.attempts or work.began:
                     raise
                 log.info("%s: %s; asking again", request.version.customization, error)
             assert pause is not None

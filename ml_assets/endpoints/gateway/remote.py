@@ -1,18 +1,52 @@
 """Requests that a server elsewhere answers: what the engines for vLLM and for hosted models share."""
 
 import asyncio
-from dataclasses import dataclass
+import math
+from types import TracebackType
 
 from ml_assets.endpoints.gateway.engine import Generation, Version
 from ml_assets.endpoints.gateway.errors import ApiError
 
 
-@dataclass
-class Work:
+class Stoppable:
+    """A block of a task that others end early: the block then raises what was given to `stop`.
+
+    Of all who stop one task, also by blocks within each other, only the first cancels it. A second
+    cancellation would reach the HTTP client while it closes the connection because of the first, and leave
+    it open, with a server behind it that goes on computing.
+    """
+
+    def __init__(self, task: asyncio.Task[None]):
+        self.task = task
+        self.why: Exception | None = None
+        self._cancelled = False
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
+    ) -> None:
+        if self._cancelled and kind is asyncio.CancelledError and not self.task.uncancel():
+            assert self.why
+            raise self.why from None
+
+    def stop(self, why: Exception) -> None:
+        """End the block. Where another is ending the task already, `why` is only kept, for `check`."""
+        self.why = self.why or why
+        if not self.task.cancelling():
+            self._cancelled = self.task.cancel()
+
+    def check(self) -> None:
+        """Raise what `stop` was given, if it was called: to be asked before the task begins anew."""
+        if self.why:
+            raise self.why
+
+
+class Work(Stoppable):
     """A request under way; `began` once something of its answer was passed on."""
 
-    task: asyncio.Task[None]
-    began: bool = False
+    began = False
 
 
 class RemoteRequests:
@@ -32,7 +66,7 @@ class RemoteRequests:
         """Stop a request; the server stops when the connection closes."""
         request.cancelled = True
         if not request.finished and (work := self._work.get(request)):
-            work.task.cancel()
+            work.stop(ApiError(499, "client_disconnected", "the client went away"))
 
     def _begin(self, request: Generation, most: int) -> None:
         """Begin to answer. Raises ApiError 429 when `most` requests of its version wait."""
@@ -41,7 +75,7 @@ class RemoteRequests:
             name = request.version.customization
             message = f"{waiting} requests for {name!r} are waiting already; try again in 2 s"
             raise ApiError(429, "queue_full", message, headers={"Retry-After": "2"})
-        task = asyncio.create_task(self._answer(request))
+        task = asyncio.create_task(self._run(request))
         self._work[request] = Work(task)
         task.add_done_callback(lambda _: self._done(request))
 
@@ -50,5 +84,19 @@ class RemoteRequests:
         if not request.finished and not request.cancelled:
             request.fail(ApiError(503, "shutting_down", "the gateway is shutting down"))
 
+    async def _run(self, request: Generation) -> None:
+        work, late = self._work[request], None
+        if math.isfinite(request.deadline):  # by time.monotonic, which is the event loop's clock
+            late = asyncio.get_running_loop().call_at(request.deadline, work.stop, request.too_late())
+        try:
+            with work:
+                await self._answer(request)
+        except ApiError as error:
+            request.fail(error)
+        finally:
+            if late:
+                late.cancel()
+
     async def _answer(self, request: Generation) -> None:
+        """Feed the request to its end. An ApiError is what the client is told."""
         raise NotImplementedError

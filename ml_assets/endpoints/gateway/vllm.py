@@ -15,7 +15,6 @@ import copy
 import itertools
 import json
 import logging
-import math
 import threading
 import time
 from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
@@ -28,7 +27,7 @@ import httpx
 from ml_assets.artifacts import read_json
 from ml_assets.endpoints.gateway.engine import BaseText, Generation, Version
 from ml_assets.endpoints.gateway.errors import ApiError
-from ml_assets.endpoints.gateway.remote import RemoteRequests
+from ml_assets.endpoints.gateway.remote import RemoteRequests, Stoppable
 from ml_assets.engine.examples import is_prompted
 
 LOAD_SECONDS = 600.0
@@ -79,7 +78,7 @@ class Replica:
     life: int = 0
     misses: int = 0
     last_used: int = 0
-    running: set[asyncio.Timeout] = field(default_factory=set)
+    running: set[Stoppable] = field(default_factory=set)
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
     wake: asyncio.Event = field(default_factory=asyncio.Event)
     tending: asyncio.Task[None] | None = None
@@ -367,9 +366,8 @@ class VllmEngine(RemoteRequests):
         replica.life += 1
         for names in (replica.loaded, replica.ready, replica.garbage, replica.retry_at, replica.bare):
             names.clear()
-        for limit in replica.running:
-            if not limit.expired():
-                limit.reschedule(self._loop.time())
+        for block in replica.running:
+            block.stop(ReplicaLost(f"{replica.url}: {problem}"))
 
     def _missing(self, replica: Replica, names: set[str]) -> None:
         if names:
@@ -515,15 +513,15 @@ class VllmEngine(RemoteRequests):
     @contextlib.asynccontextmanager
     async def _alive(self, replica: Replica) -> AsyncIterator[None]:
         """The block ends with ReplicaLost when the replica is lost meanwhile."""
+        task = asyncio.current_task()
+        assert task
+        block = Stoppable(task)
+        replica.running.add(block)
         try:
-            async with asyncio.timeout(None) as limit:
-                replica.running.add(limit)
-                try:
-                    yield
-                finally:
-                    replica.running.discard(limit)
-        except TimeoutError:
-            raise ReplicaLost(f"{replica.url}: {replica.problem}") from None
+            with block:
+                yield
+        finally:
+            replica.running.discard(block)
 
     def _check(self, replica: Replica, path: str, response: httpx.Response) -> None:
         """Raise what a status other than 200 means."""
@@ -568,20 +566,17 @@ class VllmEngine(RemoteRequests):
         """Have one replica after another try until one has answered. A replica that is lost after its first
         token has said something that another would not go on with."""
         try:
-            # the event loop's clock is time.monotonic
-            async with asyncio.timeout_at(request.deadline if math.isfinite(request.deadline) else None):
-                await self._try_replicas(request)
-        except TimeoutError:
-            request.fail(request.too_late())
-        except ApiError as error:
-            request.fail(error)
+            await self._try_replicas(request)
+        except ApiError:
+            raise
         except Exception as error:
             log.error("%s: a request failed: %s", adapter_name(request.version), error)
-            request.fail(ApiError(500, "engine_error", "the model failed on this request"))
+            raise ApiError(500, "engine_error", "the model failed on this request") from error
 
     async def _try_replicas(self, request: Generation) -> None:
-        name, tried = adapter_name(request.version), set[Replica]()
+        name, tried, work = adapter_name(request.version), set[Replica](), self._work[request]
         while True:
+            work.check()
             replica = self._choose(name, tried)
             if replica is None:
                 problem = self.problem(request.version) or "every server that has it failed"
@@ -597,7 +592,7 @@ class VllmEngine(RemoteRequests):
                 if request.finished:
                     return
                 replica.wake.set()
-                if self._work[request].began:
+                if work.began:
                     message = "the server was lost while it answered; ask again"
                     raise ApiError(502, "replica_lost", message) from error
                 log.warning("%s: %s; trying another", name, error)
