@@ -34,6 +34,7 @@ from ml_assets.eval_reports.runner import (
     fitting_examples,
     forgetting,
     load_must_pass,
+    question_of,
     select_rows,
 )
 from ml_assets.spec import CustomizationSpec, PythonMetric
@@ -369,8 +370,18 @@ class _Questions:
         """The first `count` sampled rows, and all others, if there are any."""
         if count is None or count >= len(self.rows):
             return self, None
-        few = replace(self, rows=self.rows[:count], must_pass=(), failures=())
-        return few, replace(self, rows=self.rows[count:])
+        prompt, rows = self.spec.prompt, self.rows[:count]
+        here = {question_of(prompt, row) for row in rows}
+
+        def parted(some: Sequence[Mapping[str, Any]], first: bool) -> list[Mapping[str, Any]]:
+            return [row for row in some if (question_of(prompt, row) in here) == first]
+
+        # a row that is a sampled one as well stays with it: it is asked once
+        few, others = (
+            replace(self, rows=part, must_pass=parted(self.must_pass, i), failures=parted(self.failures, i))
+            for part, i in ((rows, True), (self.rows[count:], False))
+        )
+        return few, others
 
     def ask(
         self, base: "Base | HostedModel", arms: list[Arm], asked_with: Mapping[str, Any] | None = None

@@ -361,16 +361,16 @@ def evaluate(
     from ml_assets.engine.prompting import render_target
 
     sampled = {row["_row"] for row in rows}
-    questions = {_question(prompt, row): row["_row"] for row in rows}
+    questions = {question_of(prompt, row): row["_row"] for row in rows}
     chosen: dict[str, Mapping[str, Any]] = {row["_row"]: row for row in rows}
     required: set[str] = set()
     for row in must_pass:  # one that is an evaluation row as well is evaluated once
-        key = questions.get(_question(prompt, row), row["_row"])
+        key = questions.get(question_of(prompt, row), row["_row"])
         required.add(key)
         chosen.setdefault(key, row)
     failed: dict[str, str] = {}
     for row in failures:
-        key = questions.get(_question(prompt, row), row["_row"])
+        key = questions.get(question_of(prompt, row), row["_row"])
         failed[key] = "trained" if row["_split"] == "train" else "held_out"
         chosen.setdefault(key, row)
     ordered = [chosen[key] for key in sorted(chosen)]
@@ -420,7 +420,8 @@ def evaluate(
     return lines, seconds
 
 
-def _question(prompt: PromptSpec, row: Mapping[str, Any]) -> tuple[str, str]:
+def question_of(prompt: PromptSpec, row: Mapping[str, Any]) -> tuple[str, str]:
+    """What makes two rows the same to ask: (prompt, answer)."""
     from ml_assets.engine.prompting import render_messages, render_target
 
     return json.dumps(render_messages(prompt, row)), render_target(prompt, row)

@@ -199,7 +199,10 @@ def test_the_bare_base_answers_fewer_rows_where_a_champion_decides(
     inputs: Inputs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = inputs.home / "more.jsonl"
-    path.write_text('{"text": "sing a song for the cat", "label": "impossible"}\n')
+    held_out = load_rows(inputs.store.open(inputs.dataset), "evaluation")
+    ends = [f(held_out, key=lambda row: row["_row"]) for f in (min, max)]  # asked first, and last
+    also = [json.dumps({name: row[name] for name in ("text", "label")}) for row in ends]
+    path.write_text("\n".join(['{"text": "sing a song for the cat", "label": "impossible"}', *also]))
     few = {"base_rows": 10, "must_pass": path.name}
     champion = inputs.adapter()
     first = report(inputs, champion, **few)
@@ -216,7 +219,7 @@ def test_the_bare_base_answers_fewer_rows_where_a_champion_decides(
     assert {arm: entry["rows"] for arm, entry in built.summary["arms"].items()} == {
         "zero_shot": 10, "few_shot": 10, "adapter": 48, "champion": 48,
     }  # fmt: skip
-    assert (built.summary["rows"], built.summary["must_pass"]) == (48, 1)
+    assert (built.summary["rows"], built.summary["must_pass"]) == (48, 3)
     assert built.decision["difference"]["rows"] == 48
     before = [json.loads(line) for line in lines]
     first_rows = sorted({line["row"] for line in before if line["sampled"]})[:10]
