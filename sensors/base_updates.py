@@ -4,6 +4,7 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
 from pathlib import Path
+from typing import Literal
 
 import dagster as dg
 from dagster._core.storage.tags import RUN_KEY_TAG
@@ -92,6 +93,7 @@ def build_base_updates_sensor(
                 fleet = Fleet(
                     instance=context.instance,
                     book=DecisionBook(opened),
+                    ledger=opened,
                     specs=by_name,
                     policies=policies,
                     serving=opened.current_all(),
@@ -100,15 +102,21 @@ def build_base_updates_sensor(
                 )
                 assert context.repository_def is not None
                 graph = context.repository_def.asset_graph
-                lines += carry_out(fleet, graph, list(current.values()), [*existing, *new])
                 store = artifact_store.store()
                 declared = {family.name for family in families}
-                for family, revision in sorted(current.items()):
-                    if family in followed & declared:
-                        request, line = _bring_up(fleet, revision)
-                        requests += [request] if request else []
-                        line = line or make_plan(fleet, revision, store, log)
-                        lines += [line] if line else []
+                probed = {
+                    revision: _bring_up(fleet, revision)
+                    for family, revision in sorted(current.items())
+                    if family in followed & declared
+                }
+                broken = {revision for revision, (stands, _, _) in probed.items() if stands == "unusable"}
+                untried = {revision for revision, (stands, _, _) in probed.items() if stands == "untried"}
+                usable = [revision for revision in current.values() if revision not in broken]
+                lines += carry_out(fleet, graph, usable, untried, [*existing, *new])
+                for revision, (_, request, line) in probed.items():
+                    requests += [request] if request else []
+                    line = line or make_plan(fleet, revision, store, log)
+                    lines += [line] if line else []
                 page = _page_state(fleet)
             if page not in (None, cursor):
                 requests.append(dg.RunRequest(f"plan:{page}", asset_selection=[PLAN]))
@@ -133,9 +141,12 @@ def build_base_updates_sensor(
     return base_updates
 
 
-def _bring_up(fleet: Fleet, revision: str) -> tuple[dg.RunRequest | None, str | None]:
-    """Have a base revision made and probed: (the run that does so, what it waits for); (None, None) when it
-    may be used. One that can't be used stays as it is: a person may materialize it again."""
+Stands = Literal["usable", "untried", "unusable"]
+
+
+def _bring_up(fleet: Fleet, revision: str) -> tuple[Stands, dg.RunRequest | None, str | None]:
+    """Have a base revision made and probed: (how it stands, the run that does so, what it waits for). One
+    that can't be used stays as it is: a person may materialize it again."""
     instance = fleet.instance
     probe = probe_of(instance, revision)
     if probe is None:
@@ -143,15 +154,16 @@ def _bring_up(fleet: Fleet, revision: str) -> tuple[dg.RunRequest | None, str | 
         records = instance.get_run_records(dg.RunsFilter(tags=tags))
         if not records:
             request = dg.RunRequest(revision, asset_selection=[BASE], partition_key=revision)
-            return request, f"{revision} is materialized and probed"
+            return "untried", request, f"{revision} is materialized and probed"
         ended = settled(instance, records)
         if ended is None:
-            return None, f"{revision} is being materialized and probed"
-        return None, _stopped(fleet, revision, ended.dagster_run.run_id, None)
+            return "untried", None, f"{revision} is being materialized and probed"
+        return "unusable", None, _stopped(fleet, revision, ended.dagster_run.run_id, None)
     if not probe.complete:
-        return None, f"{revision} is being probed"
-    reason = unusable(fleet, revision, probe)
-    return None, reason and _stopped(fleet, revision, probe.run_id, reason)
+        return "untried", None, f"{revision} is being probed"
+    if reason := unusable(fleet, revision, probe):
+        return "unusable", None, _stopped(fleet, revision, probe.run_id, reason)
+    return "usable", None, None
 
 
 def _stopped(fleet: Fleet, revision: str, run_id: str, reason: str | None) -> str:

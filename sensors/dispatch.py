@@ -178,18 +178,23 @@ def _close(
     run, name = record.dagster_run, decision.customization
     history = book.get(decision.id)
     verdict = history.verdict if history else None
+    impossible = next((s.detail for s in history.steps if s.step == "impossible"), None) if history else None
     then: Decision | None = None
     if run.status == dg.DagsterRunStatus.SUCCESS:
         step, detail = "succeeded", f"the gate says {verdict}" if verdict else ""
         if verdict == "reject" and name in specs:
-            then = _escalate(book, decision, specs[name], settings)
+            then = _escalate(book, decision, "the gate rejected its candidate", specs[name], settings)
     elif run.status == dg.DagsterRunStatus.CANCELED:
         step, detail = "canceled", "a person ended the run"
+    elif impossible is not None:
+        step, detail = "gave_up", impossible
+        if name in specs:
+            then = _escalate(book, decision, impossible, specs[name], settings)
     else:
         then = again(decision, f"run {run.run_id[:8]}")
         step, detail = ("failed", "") if then else ("gave_up", f"{decision.attempt} attempts failed")
     book.finish(decision, step, detail, run.run_id, then)
-    if step == "gave_up":
+    if step == "gave_up" and then is None:
         book.alert(_alert(decision, "failed and is not tried again", detail, settings))
     if then is not None and then.status == "blocked_by_budget":
         book.alert(_alert(then, "blocked by the budget", then.reason, settings))
@@ -209,14 +214,14 @@ def _close(
 
 
 def _escalate(
-    book: DecisionBook, decision: Decision, spec: CustomizationSpec, settings: Settings
+    book: DecisionBook, decision: Decision, why: str, spec: CustomizationSpec, settings: Settings
 ) -> Decision | None:
     policy, month = Policy.of(spec, settings), now()[:7]
     notes = book.notes(spec.name).get(spec.name, {})
     rows = int(notes["dataset"].value["train_rows"]) if "dataset" in notes else 0
     seconds = predict(book.costs(spec.name), rows, 0, 0.0)["full_retrain"]
     # the run has ended, so what it reserved is either spent or free again
-    return escalated(decision, seconds, policy, book.spent(spec.name, month), book.spent(None, month))
+    return escalated(decision, why, seconds, policy, book.spent(spec.name, month), book.spent(None, month))
 
 
 def _outdated(

@@ -7,7 +7,7 @@ from typing import Any
 import dagster as dg
 
 from ml_assets.decisions.book import DecisionBook
-from ml_assets.decisions.diagnosis import Policies, predict
+from ml_assets.decisions.diagnosis import LONGEST_BACK_OFF, Past, Policies, cooldown, duration, predict
 from ml_assets.decisions.records import NOTHING, Alert, Decision, Note
 from ml_assets.decisions.staleness import Stale, find_stale, observe_due, to_decision
 from ml_assets.endpoints.ledger import Release, now
@@ -45,7 +45,8 @@ def build_stale_data_sensor(
             found = _find(by_name, notes, newest, at_work, at)
             at_work |= running(context.instance, [spec.name for spec, *_ in found]).keys()
             behind = [one for one in found if one[0].name not in at_work]
-            made = _record(book, behind, policies, notes, serving, at)
+            lines: list[str] = []
+            made = _record(book, behind, policies, notes, serving, at, lines)
             done = dispatch(
                 context.instance,
                 opened,
@@ -62,13 +63,17 @@ def build_stale_data_sensor(
             for name, spec in by_name.items()
             if (due := observe_due(spec, notes.get(name, {}), at)) not in (None, asked.get(name))
         ]
+        looking = running(context.instance, [name for name, _ in looks], "observe")
+        looks = [look for look in looks if look[0] not in looking]
+        # those first that were not asked for the longest: in a large fleet all get their turn
+        looks.sort(key=lambda look: _asked_at(by_name[look[0]], asked.get(look[0], 0)))
         room = max(0, RUNS_PER_TICK - len(done.requests))
         observe = [
             # once in an interval, whatever becomes of it
             targets.request(name, "observe", f"{name}:observe:{due}")
             for name, due in looks[:room]
         ]
-        lines = [*done.lines]
+        lines += done.lines
         lines += [f"{d.customization}: {d.action} ({d.status}): {d.diagnosis}" for d in made]
         if looks:
             lines.append(f"looking at the source of {listing([name for name, _ in looks])}")
@@ -79,6 +84,11 @@ def build_stale_data_sensor(
         return tick_result(context, [*done.requests, *observe], lines, cursor, done.events)
 
     return stale_data
+
+
+def _asked_at(spec: CustomizationSpec, interval: int) -> float:
+    """Seconds since the epoch at which an interval of looks at the source began."""
+    return interval * duration(spec.freshness.source or "1d").total_seconds()
 
 
 def _find(
@@ -104,8 +114,9 @@ def _record(
     notes: Mapping[str, Mapping[str, Note]],
     serving: Mapping[str, Release],
     at: str,
+    lines: list[str],
 ) -> list[Decision]:
-    """Record the decisions that are new; gives these back."""
+    """Record the decisions that are new; gives these back. Why others are not made is put into `lines`."""
     settings = Settings.from_env()
 
     def decide(spec: CustomizationSpec, stale: Stale, *figures: Any) -> Decision:
@@ -114,7 +125,16 @@ def _record(
 
     ids = [decide(spec, stale, None, NOTHING, NOTHING).id for spec, stale in found]
     known = book.known(ids)
-    new = [one for one, name in zip(found, ids, strict=True) if name not in known][:NEW_PER_TICK]
+    unknown = [one for one, name in zip(found, ids, strict=True) if name not in known]
+    refreshes = [spec.name for spec, stale in unknown if stale.action == "refresh_source"]
+    trainings, cooling = book.latest_trainings(refreshes, LONGEST_BACK_OFF + 1), set[str]()
+    for name, histories in trainings.items():
+        until = cooldown([Past.of(one) for one in histories], policies.of(name, settings))
+        if until and until > at:
+            cooling.add(name)
+            lines.append(f"{name}: the source has other rows; the cooldown lasts until {until[:16]}")
+    new = [one for one in unknown if one[1].action != "refresh_source" or one[0].name not in cooling]
+    new = new[:NEW_PER_TICK]
     if not new:
         return []
     month, price = at[:7], settings.device_second_price

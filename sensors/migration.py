@@ -25,7 +25,7 @@ from ml_assets.decisions.book import DecisionBook, History
 from ml_assets.decisions.diagnosis import Policies, again
 from ml_assets.decisions.records import Alert, Decision
 from ml_assets.decisions.tags import MIGRATION_TAG, REVISION_TAG
-from ml_assets.endpoints.ledger import Release, now
+from ml_assets.endpoints.ledger import Ledger, Release, now
 from ml_assets.fleet.migration_plan import (
     Stake,
     by_value,
@@ -57,6 +57,7 @@ class Fleet:
     book: DecisionBook
     specs: Mapping[str, CustomizationSpec]
     policies: Policies
+    ledger: Ledger
     serving: Mapping[str, Release]
     settings: Settings
     retry_after: Mapping[int, datetime.timedelta] = field(default_factory=lambda: dict(RETRY_AFTER))
@@ -132,6 +133,7 @@ def make_plan(fleet: Fleet, revision: str, store: ArtifactStore, log: TrafficLog
         list(fleet.specs.values()),
         fleet.book,
         fleet.serving,
+        fleet.ledger.last_in_family(revision.rpartition("@")[0]),
         fleet.policies,
         fleet.settings,
         now()[:7],
@@ -190,10 +192,15 @@ def stake_of(
 
 
 def carry_out(
-    fleet: Fleet, graph: BaseAssetGraph, current: Collection[str], revisions: Collection[str]
+    fleet: Fleet,
+    graph: BaseAssetGraph,
+    current: Collection[str],
+    untried: Collection[str],
+    revisions: Collection[str],
 ) -> list[str]:
     """Close what has ended, start what was decided at an earlier tick; what was done, in lines. `current`:
-    the newest revision of each family; `revisions`: the partitions."""
+    the newest revision of each family that is not known to be unusable; `untried`: those of them that are not
+    probed yet; `revisions`: the partitions."""
     lines: list[str] = []
     batches: dict[str, list[Decision]] = {}
     waiting: list[Decision] = []
@@ -211,7 +218,7 @@ def carry_out(
         if fleet.instance.get_backfill(name) is None:
             _add_backfill(fleet, graph, name, decisions)
         lines.append(f"backfill {name} migrates {listing([d.customization for d in decisions])}")
-    waiting += _claim(fleet, current, revisions, lines)
+    waiting += _claim(fleet, current, untried, revisions, lines)
     for revision in sorted({str(decision.base_revision) for decision in waiting}):
         together = by_value([decision for decision in waiting if decision.base_revision == revision])
         name = fleet.book.start_together([decision.id for decision in together])
@@ -222,7 +229,11 @@ def carry_out(
 
 
 def _claim(
-    fleet: Fleet, current: Collection[str], revisions: Collection[str], lines: list[str]
+    fleet: Fleet,
+    current: Collection[str],
+    untried: Collection[str],
+    revisions: Collection[str],
+    lines: list[str],
 ) -> list[Decision]:
     """Claim what may begin; why the others may not is put into `lines`."""
     pending = by_value(fleet.book.pending(("migrate",)))
@@ -233,7 +244,10 @@ def _claim(
     for decision in pending:
         name = decision.customization
         age = datetime.datetime.now(datetime.UTC) - datetime.datetime.fromisoformat(decision.at)
-        if reason := _outdated(fleet, decision, current, revisions):
+        newest = _newest(str(decision.base_revision), current)
+        if newest != decision.base_revision and newest in untried:
+            lines.append(f"{name}: its migration to {decision.base_revision} waits: {newest} is being probed")
+        elif reason := _outdated(fleet, decision, current, revisions):
             fleet.book.step(decision.id, "dropped", reason)
             lines.append(f"{name}: its migration to {decision.base_revision} is dropped: {reason}")
         elif (wait := fleet.retry_after.get(decision.attempt)) and age < wait:
@@ -260,8 +274,7 @@ def _outdated(
     family = revision.rpartition("@")[0]
     if name not in fleet.specs or family not in fleet.specs[name].base_models:
         return "the customization does not follow it any more"
-    newest = next((one for one in current if one.rpartition("@")[0] == family), revision)
-    if newest != revision:
+    if (newest := _newest(revision, current)) != revision:
         return f"{newest} is newer"
     if revision not in revisions:
         return "it is not a partition any more"
@@ -269,6 +282,12 @@ def _outdated(
         return "the policy changed; it is decided again"
     release = fleet.serving.get(name)
     return "it serves on it since" if release is not None and release.base_revision == revision else None
+
+
+def _newest(revision: str, current: Collection[str]) -> str:
+    """The newest revision of the same family."""
+    family = revision.rpartition("@")[0]
+    return next((one for one in current if one.rpartition("@")[0] == family), revision)
 
 
 def _add_backfill(fleet: Fleet, graph: BaseAssetGraph, name: str, decisions: Sequence[Decision]) -> None:

@@ -154,7 +154,7 @@ def build_adapter_asset(spec: CustomizationSpec, root: Path) -> dg.AssetsDefinit
         except (*UNTRAINABLE, ArtifactError, IncompatibleAdapter) as error:
             if isinstance(error, NoUpdate) and (decision := context.run.tags.get(DECISION_TAG)):
                 with ledger.decisions() as book:  # another attempt would end the same way
-                    book.step(decision, "dropped", str(error), context.run.run_id)
+                    book.step(decision, "impossible", str(error), context.run.run_id)
             raise dg.Failure(str(error), allow_retries=False) from error
         if trained.reused and climbed is None:
             context.log.info(f"{trained.ref}: these inputs were trained before, nothing to do")

@@ -24,8 +24,8 @@ from resources.ledger import LedgerResource
 from resources.traffic_log import TrafficLogResource
 
 HISTORY_ROWS = 20
-PAST = 30
-"""Earlier decisions that a new one takes into account."""
+PAST = 100
+"""Earlier decisions that led to something, which a new one takes into account."""
 
 CHECKS = {
     "no_confirmed_loss": "The champion answers the traffic as well as its evaluation rows.",
@@ -132,7 +132,7 @@ def gather(
         new_rows=new_rows,
         now=now(),
         generation=int((champion.get("update") or {}).get("generation", 0)),
-        past=tuple(Past.of(history) for history in book.latest(spec.name, PAST)),
+        past=tuple(Past.of(history) for history in book.latest(spec.name, PAST, acted=True)),
         predicted=predict(costs, rows, new_rows, spec.maintenance.replay),
         serving=current.adapter_digest if current else None,
         spent=book.spent(spec.name, month) + book.reserved(spec.name, policy.price),
@@ -150,8 +150,11 @@ def alerts(decision: Decision, dagster_url: str) -> list[Alert]:
         title = f"{decision.customization}: labels are wanted"
     else:
         return []
-    # once for what was seen with this dataset and policy, not at every look that sees it still
+    # once for what was seen with this dataset and policy, not at every look that sees it still; each request
+    # for labels is one of its own
     about = f"{decision.adapter_digest[:12]}:{decision.dataset_digest[:12]}:{decision.policy}"
+    if decision.action == "ask_for_labels":
+        about = decision.id
     return [
         Alert(
             id=f"{decision.status}:{decision.action}:{decision.customization}:{about}",

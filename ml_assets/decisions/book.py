@@ -195,10 +195,36 @@ class DecisionBook:
         with self._engine.connect() as connection:
             return next(iter(_histories(connection, _decisions.c.id == decision_id, 1)), None)
 
-    def latest(self, customization: str, limit: int = 1) -> list[History]:
-        """The newest decisions about a customization, newest first."""
+    def latest(self, customization: str, limit: int = 1, acted: bool = False) -> list[History]:
+        """The newest decisions about a customization, newest first; with `acted` those that led to something
+        being done."""
+        which = _decisions.c.customization == customization
+        if acted:
+            which &= _decisions.c.status == "to_do"
         with self._engine.connect() as connection:
-            return _histories(connection, _decisions.c.customization == customization, limit)
+            return _histories(connection, which, limit)
+
+    def latest_trainings(self, customizations: Collection[str], limit: int) -> dict[str, list[History]]:
+        """{customization: its newest decisions that led to a training, newest first}."""
+        found: dict[str, list[History]] = {}
+        with self._engine.connect() as connection:
+            for some in _chunks(list(customizations)):
+                place = sa.func.row_number().over(
+                    partition_by=_decisions.c.customization, order_by=_decisions.c.seq.desc()
+                )
+                ranked = (
+                    sa.select(_decisions.c.seq, place.label("place"))
+                    .where(
+                        _decisions.c.customization.in_(some),
+                        _decisions.c.action.in_(TRAINING),
+                        _decisions.c.status == "to_do",
+                    )
+                    .subquery()
+                )
+                newest = sa.select(ranked.c.seq).where(ranked.c.place <= limit)
+                for history in _histories(connection, _decisions.c.seq.in_(newest), None):
+                    found.setdefault(history.decision.customization, []).append(history)
+        return found
 
     def latest_all(self) -> dict[str, History]:
         """The newest decision about every customization."""

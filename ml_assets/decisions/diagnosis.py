@@ -320,19 +320,24 @@ def permitted(decision: Decision, policy: Policy, spent: Spent, fleet_spent: Spe
 
 
 def escalated(
-    decision: Decision, seconds: float | None, policy: Policy, spent: Spent, fleet_spent: Spent
+    decision: Decision,
+    why: str,
+    seconds: float | None,
+    policy: Policy,
+    spent: Spent,
+    fleet_spent: Spent,
 ) -> Decision | None:
-    """What follows when the gate rejected the candidate of an incremental update: a retrain from scratch, on
-    the same evidence. None for other actions and after too many attempts."""
+    """What follows when an incremental update can't repair the loss (`why`): a retrain from scratch, on the
+    same evidence. None for other actions and after too many attempts."""
     if decision.action != "incremental_update" or decision.attempt >= MAX_ATTEMPTS:
         return None
-    before = Rejected("incremental_update", "the gate rejected its candidate", decision.device_seconds)
+    before = Rejected("incremental_update", why, decision.device_seconds)
     others = tuple(one for one in decision.rejected if one.action != "full_retrain")
     followed = dataclasses.replace(
         decision,
         action="full_retrain",
         attempt=decision.attempt + 1,
-        reason=f"the gate rejected the candidate of decision {decision.id}, which was trained on",
+        reason=f"the update of decision {decision.id} is not enough: {why}",
         device_seconds=seconds,
         cost=None if seconds is None else round(seconds * policy.price, 4),
         rejected=(*others, before),
@@ -355,7 +360,8 @@ Check = Callable[[Evidence, Policy, Diagnosis], tuple[bool, str]]
 
 
 def _watch(evidence: Evidence, policy: Policy, found: Diagnosis) -> tuple[bool, str]:
-    under_way = next((past for past in evidence.past if past.state == "open"), None)
+    # people who were asked hold nothing up; and a request that failed halfway stays open
+    under_way = next((p for p in evidence.past if p.state == "open" and p.action != "ask_for_labels"), None)
     if under_way:
         return True, f"{under_way.action}, decided at {under_way.at[:16]}, is under way"
     about = evidence.findings.adapter_digest
@@ -391,6 +397,8 @@ def _extend(evidence: Evidence, policy: Policy, found: Diagnosis) -> tuple[bool,
         return False, "more rows alone do not make the champion answer better"
     if rows < needed:
         return False, f"{rows} labelled rows that the dataset lacks, {needed} are needed"
+    if reason := _gave_up("extend_dataset", evidence, needed):
+        return False, reason
     return True, f"{rows} labelled rows join the dataset, so that the evaluation shows the new traffic"
 
 
@@ -455,11 +463,21 @@ def _cannot_train(action: Action, evidence: Evidence, policy: Policy, found: Dia
         if same and (past.verdict == "undecided" or (past.verdict == "reject" and past.action == action)):
             said = "rejected a candidate" if past.verdict == "reject" else "asked for more rows"
             return f"the gate {said} at {(past.ended_at or past.at)[:16]}, and {more} labels came since"
-        if same and past.action == action and past.state == "gave_up":
-            return f"it failed {MAX_ATTEMPTS} times, and {more} labels came since"
+    if reason := _gave_up(action, evidence, needed):
+        return reason
     gain = _gain(evidence, policy, action)
     if gain is not None and gain <= 0:
         return f"it costs more than it gains in a month ({gain:.2f} {policy.currency})"
+    return None
+
+
+def _gave_up(action: Action, evidence: Evidence, needed: int) -> str | None:
+    """Why an action that failed for good is not tried again: fewer than `needed` labels came since."""
+    for past in evidence.past:
+        more = evidence.findings.outcome.labelled - past.labelled
+        same = past.action == action and past.adapter_digest == evidence.findings.adapter_digest
+        if same and past.state == "gave_up" and more < needed:
+            return f"it failed for good at {(past.ended_at or past.at)[:16]}, and {more} labels came since"
     return None
 
 
@@ -476,9 +494,14 @@ def _unused(evidence: Evidence) -> int:
 
 
 def _cooldown(evidence: Evidence, policy: Policy) -> str | None:
-    """When the next training may begin; longer after runs that failed."""
+    return cooldown(evidence.past, policy)
+
+
+def cooldown(past: Sequence[Past], policy: Policy) -> str | None:
+    """When the next training may begin, after those in `past` (newest first); longer after runs that
+    failed."""
     ended = ("succeeded", "failed", "canceled", "gave_up")
-    trainings = [past for past in evidence.past if past.action in TRAINING and past.state in ended]
+    trainings = [one for one in past if one.action in TRAINING and one.state in ended]
     if not trainings:
         return None
     failures = 0

@@ -22,7 +22,15 @@ Status = Literal["no_action", "to_do", "record_only", "blocked_by_budget"]
 """`record_only` and `blocked_by_budget` are 'would have': the action is named, and nothing is started."""
 
 Step = Literal[
-    "started", "judged", "succeeded", "failed", "canceled", "dropped", "blocked_by_budget", "gave_up"
+    "started",
+    "judged",
+    "impossible",
+    "succeeded",
+    "failed",
+    "canceled",
+    "dropped",
+    "blocked_by_budget",
+    "gave_up",
 ]
 FINAL: tuple[Step, ...] = ("succeeded", "failed", "canceled", "dropped", "blocked_by_budget", "gave_up")
 """After one of these steps nothing more happens to a decision."""

@@ -83,12 +83,15 @@ def find_stale(
                 )
             )
     made_of = candidate or dataset
+    if candidate and dataset and dataset.value["digest"] == candidate.value["dataset"]:
+        made_of = dataset  # it knows the newest of the versions that have these same rows
     if release and source and made_of and source.value["version"] != made_of.value["source_version"]:
         version = str(source.value["version"])
         found.append(
             Stale(
                 "refresh_source",
-                f"source-{version[:12]}",
+                # again when another adapter serves, and in a new month, which has a budget of its own
+                f"source-{version[:12]}-{release.adapter_digest[:12]}-{now[:7]}",
                 f"The source has other rows since {source.at[:16]} (version {version[:12]}) than the newest "
                 f"adapter was made of ({str(made_of.value['source_version'])[:12]}).",
                 "dataset, adapter, evaluation and endpoint are brought up to date; what did not change costs "

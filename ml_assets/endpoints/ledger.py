@@ -172,6 +172,21 @@ class Ledger:
             releases = [_release(row) for row in rows.mappings()]
         return {release.customization: release for release in releases}
 
+    def last_in_family(self, family: str) -> dict[str, str]:
+        """{customization: the base revision of this family that it served on last}."""
+        latest = (
+            sa.select(sa.func.max(_releases.c.id))
+            .where(
+                _releases.c.base_revision.startswith(f"{family}@", autoescape=True),
+                _releases.c.action != "withdraw",
+            )
+            .group_by(_releases.c.customization)
+        )
+        columns = (_releases.c.customization, _releases.c.base_revision)
+        with self.engine.connect() as connection:
+            rows = connection.execute(sa.select(*columns).where(_releases.c.id.in_(latest)))
+            return {name: revision for name, revision in rows}
+
     def history(self, customization: str, limit: int | None = None) -> list[Release]:
         """All rows of a customization, newest first."""
         query = _of(customization).limit(limit)

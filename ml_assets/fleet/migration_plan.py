@@ -49,6 +49,7 @@ def plan_migration(
     specs: Collection[CustomizationSpec],
     book: DecisionBook,
     serving: Mapping[str, Release],
+    last_in_family: Mapping[str, str],
     policies: Policies,
     settings: Settings,
     month: str,
@@ -57,16 +58,28 @@ def plan_migration(
     """The decisions that are to be made about a base revision, most valuable customization first; not yet
     recorded. Empty when everything was decided.
 
-    Left out: what does not follow the family, was never evaluated, or is on the revision already; what was
-    decided before, unless a budget was exhausted in an earlier month or the policy changed since.
+    Left out: what does not follow the family, was never evaluated, or is on the revision already; what was on
+    it when it left the family (`last_in_family`: the revision of the family that each served on last), so
+    that it is not carried back; what was decided before, unless a budget was exhausted in an earlier month,
+    the policy changed since, or the decision was overtaken by another revision that is gone again.
     """
-    notes, past = book.notes(), book.migrations(revision)
+    notes, every = book.notes(), book.migrations()
+    past = [history for history in every if history.decision.base_revision == revision]
+    family, void = revision.rpartition("@")[0], _void(revision, every)
     drafts = {
-        spec.name: _draft(revision, spec, notes[spec.name], month, policies.of(spec.name, settings), release)
+        spec.name: _draft(
+            revision,
+            spec,
+            notes[spec.name],
+            f"{month}-{len(void[spec.name])}" if spec.name in void else month,
+            policies.of(spec.name, settings),
+            release,
+        )
         for spec in specs
-        if revision.rpartition("@")[0] in spec.base_models
+        if family in spec.base_models
+        and last_in_family.get(spec.name) != revision
         and to_carry(revision, notes.get(spec.name, {}), release := serving.get(spec.name))
-        and not _was_started(spec.name, past)
+        and not _was_started(spec.name, past, void.get(spec.name, set()))
     }
     known = {history.decision.id for history in past}
     stakes = {s.name: stake_of(s) for s in specs if s.name in drafts and drafts[s.name].id not in known}
@@ -130,12 +143,28 @@ def to_carry(revision: str, notes: Mapping[str, Note], release: Release | None) 
     return release.base_revision != revision
 
 
-def _was_started(name: str, past: Sequence[History]) -> bool:
-    """Whether a decision about it was, or is going to be, carried out."""
+def _void(revision: str, every: Sequence[History]) -> dict[str, set[str]]:
+    """{customization: ids of the decisions about the revision that hold no more}: dropped before they began,
+    or carried out before the customization was carried on to another revision of the family."""
+    family, moved, void = revision.rpartition("@")[0], set[str](), dict[str, set[str]]()
+    for history in every:  # newest first
+        decision, end = history.decision, history.end
+        name, about = decision.customization, str(decision.base_revision)
+        if about == revision:
+            if end is not None and (end.step == "dropped" or name in moved):
+                void.setdefault(name, set()).add(decision.id)
+        elif about.rpartition("@")[0] == family and end is not None and end.step == "succeeded":
+            moved.add(name)
+    return void
+
+
+def _was_started(name: str, past: Sequence[History], void: Collection[str]) -> bool:
+    """Whether a decision about it that still holds was, or is going to be, carried out."""
     return any(
         history.decision.customization == name
         and history.decision.status == "to_do"
-        and (history.end is None or history.end.step not in ("blocked_by_budget", "dropped"))
+        and history.decision.id not in void
+        and (history.end is None or history.end.step != "blocked_by_budget")
         for history in past
     )
 
@@ -144,7 +173,7 @@ def _draft(
     revision: str,
     spec: CustomizationSpec,
     notes: Mapping[str, Note],
-    month: str,
+    when: str,
     policy: Policy,
     release: Release | None,
 ) -> Decision:
@@ -157,7 +186,7 @@ def _draft(
         diagnosis=f"Base revision {revision} is new; the newest adapter is on {before}.",
         reason="it is carried over by the cheapest rung of the port ladder that the gate accepts",
         # a budget that is exhausted is another one next month
-        evidence=f"base-{revision}-{month}",
+        evidence=f"base-{revision}-{when}",
         dataset_digest=str(dataset.value["digest"]) if dataset else "",
         adapter_digest=release.adapter_digest if release else "",
         policy=policy.version,

@@ -147,6 +147,17 @@ def test_the_same_look_decides_once(home: Home) -> None:
     assert [record.data["action"] for record in later["history"].records] == ["watch", "incremental_update"]
 
 
+def test_the_cooldown_lasts_however_many_looks_there_are(home: Home) -> None:
+    metadata = shown(home.materialize(make_findings()))
+    (history,) = home.book.latest("home", 5)
+    home.book.finish(history.decision, "succeeded", "", "run1")
+    for number in range(120):
+        seen = dataclasses.replace(history.decision, evidence=f"look{number}", action="watch")
+        home.book.record(dataclasses.replace(seen, status="no_action"))
+    metadata = shown(home.materialize(make_findings(to_seq=400)))
+    assert metadata["action"] == "watch" and "cooldown" in metadata["decision"]
+
+
 def test_the_look_is_noted_for_the_sensor(home: Home) -> None:
     home.ask(130)
     shown(home.materialize(make_findings(to_seq=120)))

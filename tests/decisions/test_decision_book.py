@@ -54,6 +54,23 @@ def test_the_same_evidence_is_decided_once(book: DecisionBook) -> None:
     assert len(book.latest("home", 10)) == 5
 
 
+def test_what_was_done_is_found_behind_any_number_of_looks(book: DecisionBook) -> None:
+    book.record(make())
+    for number in range(150):
+        book.record(make(evidence=f"look{number}", action="watch", status="no_action"))
+    assert [h.decision.action for h in book.latest("home", 100, acted=True)] == ["incremental_update"]
+    for number in range(4):
+        book.record(make(evidence=f"source{number}", action="refresh_source"))
+        book.record(make("other", evidence=f"source{number}", action="refresh_source"))
+    book.record(make(evidence="age", action="extend_dataset"))
+    book.record(make(evidence="blocked", action="full_retrain", status="blocked_by_budget"))
+    found = book.latest_trainings(["home", "other", "third"], 2)
+    assert {name: [h.decision.evidence for h in some] for name, some in found.items()} == {
+        "home": ["source3", "source2"],
+        "other": ["source3", "source2"],
+    }
+
+
 def test_a_decision_goes_from_pending_over_claimed_to_its_end(book: DecisionBook) -> None:
     decision = book.record(make())
     actions = ("incremental_update",)

@@ -160,11 +160,23 @@ def test_what_failed_for_good_waits_for_more_labels() -> None:
     assert decide(make_evidence(past=failed), make_policy()).action == "full_retrain"
     both = (past("full_retrain", "gave_up", labelled=60, ended_at=ago(days=6)), *failed)
     assert decide(make_evidence(past=both), make_policy()).action == "ask_for_labels"
+    moved = make_findings(loss=0.0, labelled=40, signals=[QUIET, MOVED])
+    built = (past("extend_dataset", "gave_up", labelled=30),)
+    decision = decide(make_evidence(moved, past=built), make_policy())
+    assert decision.action == "watch" and "failed for good" in why_not(decision, "extend_dataset")
 
 
 def test_one_action_at_a_time() -> None:
     decision = decide(make_evidence(past=(past("refresh_source", "open"),)), make_policy())
     assert decision.action == "watch" and "refresh_source" in decision.reason
+
+
+def test_people_who_were_asked_hold_nothing_up() -> None:
+    """Also where the request failed before its file was written: nothing closes such a decision."""
+    asked = (past("ask_for_labels", "open"),)
+    assert decide(make_evidence(past=asked), make_policy()).action == "incremental_update"
+    few = make_evidence(make_findings(labelled=3), past=asked)
+    assert decide(few, make_policy()).action == "ask_for_labels"
 
 
 def test_a_report_about_another_adapter_than_serves_moves_nothing() -> None:
@@ -207,13 +219,15 @@ def test_the_fleet_has_a_budget_too() -> None:
 def test_escalation_stays_on_the_evidence_and_within_the_budget() -> None:
     first = decide(make_evidence(), make_policy())
     policy = make_policy(device_seconds_per_month=100)
-    follows = escalated(first, 90.0, policy, Spent(5.0), Spent(5.0))
+    why = "the gate rejected its candidate"
+    follows = escalated(first, why, 90.0, policy, Spent(5.0), Spent(5.0))
     assert follows is not None
     assert (follows.action, follows.status, follows.attempt) == ("full_retrain", "to_do", 2)
     assert follows.evidence == first.evidence and follows.id != first.id
-    blocked = escalated(first, 90.0, policy, Spent(30.0), Spent(30.0))
+    assert why in follows.reason and why_not(follows, "incremental_update") == why
+    blocked = escalated(first, why, 90.0, policy, Spent(30.0), Spent(30.0))
     assert blocked is not None and blocked.status == "blocked_by_budget"
-    assert escalated(follows, 90.0, policy, Spent(), Spent()) is None
+    assert escalated(follows, why, 90.0, policy, Spent(), Spent()) is None
 
 
 def test_attempts_end() -> None:
@@ -298,8 +312,8 @@ def test_rules(evidence, first, second, own, money, mode) -> None:
     assert len(decision.rejected) == len(LADDER) - 1 and all(one.reason for one in decision.rejected)
     # the same evidence leads to the same decision
     assert decide(evidence, policy) == decision
-    # at most one action is open
-    if any(one.state == "open" for one in evidence.past):
+    # at most one action is open; people who were asked hold up none
+    if any(one.state == "open" and one.action != "ask_for_labels" for one in evidence.past):
         assert decision.action == "watch"
     # hysteresis
     window = evidence.findings.looks[-policy.maintenance.of_looks :]

@@ -48,9 +48,23 @@ def test_up_to_date() -> None:
 
 def test_a_source_with_other_rows_is_followed() -> None:
     (stale,) = find_stale(make_spec(), notes(source="v2"), RELEASE, NOW)
-    assert (stale.action, stale.base_revision, stale.evidence) == ("refresh_source", REVISION, "source-v2")
+    assert (stale.action, stale.base_revision) == ("refresh_source", REVISION)
+    assert stale.evidence == f"source-v2-{ADAPTER[:12]}-{NOW[:7]}"
+    (later,) = find_stale(make_spec(), notes(source="v2"), RELEASE, ago(days=-31))
+    assert later.evidence != stale.evidence, "a budget that was exhausted is another one then"
+    other = find_stale(make_spec(), notes(source="v2"), make_release(adapter="n" * 64, at=NOW), NOW)
+    assert [one.evidence != stale.evidence for one in other] == [True], (
+        "what was dropped because another adapter serves is decided again"
+    )
     known = {name: note for name, note in notes(source="v2").items() if name != "accepted"}
     assert actions(make_spec(), known, None) == [], "nothing serves: the first run is a person's"
+
+
+def test_a_source_that_changed_to_the_same_rows_is_not_behind() -> None:
+    same = Note({"digest": "d", "source_version": "v2", "train_rows": 10}, ago(hours=1))
+    assert actions(make_spec(), notes(source="v2", dataset=same)) == []
+    other = Note({"digest": "e", "source_version": "v2", "train_rows": 11}, ago(hours=1))
+    assert actions(make_spec(), notes(source="v2", dataset=other)) == ["refresh_source"]
 
 
 def test_a_dataset_past_its_age_is_built_again() -> None:

@@ -23,6 +23,7 @@ from maintenance_world import (
 )
 
 import sensors.drift
+import sensors.freshness
 from ml_assets.base_models.partitions import BASE_MODELS
 from ml_assets.decisions.book import DecisionBook
 from ml_assets.decisions.diagnosis import Policy, decide
@@ -288,6 +289,20 @@ def test_a_rejected_candidate_is_followed_by_a_retrain_once(fleet: Fleet) -> Non
     ]
 
 
+def test_an_update_that_is_impossible_is_followed_by_a_retrain_at_once(fleet: Fleet) -> None:
+    (fleet.home / "fail").touch()
+    decision = fleet.decide()
+    ((request,), _) = fleet.tick("drift")
+    fleet.book.step(decision.id, "impossible", "the recipe changed: train from scratch", "run")
+    fleet.execute(request)
+    ((retrain,), _) = fleet.tick("drift")
+    assert retrain.run_config == {"ops": {"home__adapter": {"config": {"mode": "full"}}}}
+    then, first = fleet.book.latest("home", 5)
+    assert (first.state, first.end.detail) == ("gave_up", "the recipe changed: train from scratch")
+    assert "the recipe changed" in then.decision.reason and then.decision.attempt == 2
+    assert fleet.book.undelivered() == [], "it is being repaired"
+
+
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
@@ -403,6 +418,16 @@ def test_other_rows_in_the_source_start_the_main_job_once(fleet: Fleet) -> None:
     assert fleet.tick("stale_data")[0] == [], "what it led to is for the gate, not for another run"
 
 
+def test_a_source_that_never_rests_is_followed_once_in_a_cooldown(fleet: Fleet) -> None:
+    note_all(fleet, "v2", "v1")
+    ((request,), _) = fleet.tick("stale_data")
+    fleet.execute(request, "stale_data")
+    fleet.tick("stale_data")
+    note_all(fleet, "v3", "v2")
+    requests, why = fleet.tick("stale_data")
+    assert requests == [] and "home: the source has other rows; the cooldown lasts until" in why
+
+
 def test_an_old_dataset_is_built_again_and_nothing_else(fleet: Fleet) -> None:
     note_all(fleet, "v1", "v1")
     fleet.load(make_spec("home", freshness={"dataset": "1m"}), SPECS[1])
@@ -437,3 +462,21 @@ def test_sources_are_looked_at_once_in_an_interval(fleet: Fleet) -> None:
     assert again.run_key == request.run_key, "a tick whose cursor was lost: the daemon makes one run of it"
     fleet.book.note("home", "source", {"version": "v1"})
     assert fleet.tick("stale_data")[0] == []
+
+
+def test_in_a_fleet_too_large_for_a_tick_every_source_gets_its_turn(
+    fleet: Fleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sensors.freshness, "RUNS_PER_TICK", 1)
+    fleet.load(*(make_spec(name, freshness={"source": "1m"}) for name in ("home", "other")))
+    minute = int(datetime.datetime.now(datetime.UTC).timestamp() // 60)
+    fleet.cursors["stale_data"] = json.dumps({"home": minute - 1, "other": minute - 3})
+    ((request,), _) = fleet.tick("stale_data")
+    assert request.job_name == "other__observe", "it was not asked for the longest, and home is due again"
+    tags = {CUSTOMIZATION_TAG: "home"}
+    create_run_for_test(
+        fleet.instance, job_name="home__observe", status=dg.DagsterRunStatus.STARTED, tags=tags
+    )
+    fleet.cursors["stale_data"] = json.dumps({"home": minute - 3, "other": minute - 1})
+    ((request,), _) = fleet.tick("stale_data")
+    assert request.job_name == "other__observe", "home is being looked at"

@@ -334,10 +334,75 @@ def test_a_newer_revision_takes_the_place_of_one_that_was_not_begun(world: World
     world.tick()
     third = world.publish("third")
     world.tick()
+    assert {one.state for one in world.decided(second).values()} == {"to do"}, "it is not known to be better"
+    world.settle(third)
+    world.tick()
     assert {one.state for one in world.decided(second).values()} == {"dropped"}
+    world.tick()
+    assert [one.tags["evergreen/base_revision"] for one in world.backfills()] == [third]
+
+
+def test_a_newer_revision_that_is_broken_does_not_take_that_place(world: World) -> None:
+    world.first()
+    second = world.publish("second")
+    world.tick()
+    world.settle(second)
+    world.tick()
+    broken = world.publish("broken")
+    for _ in range(2):
+        world.tick()
+    assert world.backfills() == [] and {one.state for one in world.decided(second).values()} == {"to do"}
+    (world.home / "failed_checks").write_text("finite_logits")
+    world.settle(broken)
+    (world.home / "failed_checks").unlink()
+    world.tick()
+    assert [one.tags["evergreen/base_revision"] for one in world.backfills()] == [second]
+
+
+def carry(world: World, revision: str) -> None:
+    """All customizations are migrated to a revision whose migration is under way."""
+    for name, history in world.decided(revision).items():
+        world.book.step(history.decision.id, "judged", "promote", "run")
+        world.serve(name, revision)
+    world.tick()
+
+
+def test_a_revision_that_is_published_again_is_migrated_to_again(world: World) -> None:
+    world.first()
+    second = world.publish("second")
+    world.tick()
+    world.settle(second)
+    world.tick()
+    third = world.publish("third")
+    world.tick()
     world.settle(third)
     world.tick(), world.tick()
-    assert [one.tags["evergreen/base_revision"] for one in world.backfills()] == [third]
+    assert {one.state for one in world.decided(second).values()} == {"dropped"}
+    carry(world, third)
+    assert {one.state for one in world.decided(third).values()} == {"succeeded"}
+    for revision in (second, third, second):  # the publisher can't decide
+        world.publish({second: "second", third: "third"}[revision])
+        world.tick(), world.tick()
+        assert {one.state for one in world.decided(revision).values()} == {"under way"}, revision
+        carry(world, revision)
+    assert len(world.backfills()) == 4
+    for _ in range(3):
+        world.tick()
+    assert len(world.backfills()) == 4
+
+
+def test_what_left_a_family_is_not_carried_back(world: World) -> None:
+    """It follows two families, came from one of them and serves on the other."""
+    first = world.first()
+    world.serve("one", "other@0123456789ab")
+    for _ in range(3):
+        world.tick()
+    assert world.book.migrations() == []
+    second = world.publish("second")
+    world.tick()
+    world.settle(second)
+    world.tick()
+    assert set(world.decided(second)) == {"one", "two"} and world.decided(first) == {}
 
 
 def test_what_a_backfills_run_still_changes(world: World) -> None:
