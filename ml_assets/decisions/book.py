@@ -250,6 +250,28 @@ class DecisionBook:
         with self._engine.connect() as connection:
             return _histories(connection, which, None)
 
+    def moved_away(self, revision: str) -> dict[str, str]:
+        """{customization: when its newest migration to another revision of the same family was decided}, of
+        those that succeeded."""
+
+        def about(what: str) -> sa.ColumnElement[bool]:
+            return _decisions.c.evidence.startswith(f"base-{what}", autoescape=True)
+
+        family = revision.rpartition("@")[0]
+        query = (
+            sa.select(_decisions.c.customization, sa.func.max(_decisions.c.at))
+            .join(_steps, _steps.c.decision_id == _decisions.c.id)
+            .where(
+                _decisions.c.action == "migrate",
+                _steps.c.step == "succeeded",
+                about(f"{family}@"),
+                ~about(f"{revision}-"),
+            )
+            .group_by(_decisions.c.customization)
+        )
+        with self._engine.connect() as connection:
+            return dict(connection.execute(query).tuples().all())
+
     def open(self) -> list[History]:
         """Everything that is to be done or under way."""
         ended = sa.select(_steps.c.decision_id).where(_steps.c.step.in_(FINAL))

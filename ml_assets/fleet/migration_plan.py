@@ -63,9 +63,8 @@ def plan_migration(
     that it is not carried back; what was decided before, unless a budget was exhausted in an earlier month,
     the policy changed since, or the decision was overtaken by another revision that is gone again.
     """
-    notes, every = book.notes(), book.migrations()
-    past = [history for history in every if history.decision.base_revision == revision]
-    family, void = revision.rpartition("@")[0], _void(revision, every)
+    notes, past, family = book.notes(), book.migrations(revision), revision.rpartition("@")[0]
+    void = _void(past, book.moved_away(revision))
     drafts = {
         spec.name: _draft(
             revision,
@@ -143,18 +142,15 @@ def to_carry(revision: str, notes: Mapping[str, Note], release: Release | None) 
     return release.base_revision != revision
 
 
-def _void(revision: str, every: Sequence[History]) -> dict[str, set[str]]:
-    """{customization: ids of the decisions about the revision that hold no more}: dropped before they began,
-    or carried out before the customization was carried on to another revision of the family."""
-    family, moved, void = revision.rpartition("@")[0], set[str](), dict[str, set[str]]()
-    for history in every:  # newest first
+def _void(past: Sequence[History], moved_away: Mapping[str, str]) -> dict[str, set[str]]:
+    """{customization: ids of the decisions about a revision that hold no more}: dropped before they began, or
+    from before the customization moved away to another revision of the family."""
+    void: dict[str, set[str]] = {}
+    for history in past:
         decision, end = history.decision, history.end
-        name, about = decision.customization, str(decision.base_revision)
-        if about == revision:
-            if end is not None and (end.step == "dropped" or name in moved):
-                void.setdefault(name, set()).add(decision.id)
-        elif about.rpartition("@")[0] == family and end is not None and end.step == "succeeded":
-            moved.add(name)
+        moved = decision.at < moved_away.get(decision.customization, "")
+        if end is not None and (end.step == "dropped" or moved):
+            void.setdefault(decision.customization, set()).add(decision.id)
     return void
 
 
