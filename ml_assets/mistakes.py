@@ -289,7 +289,7 @@ def must_pass_mistakes(path: Path, columns: Sequence[str], steps: Steps) -> list
                 row = json.loads(line)
                 if not isinstance(row, dict):
                     return [Mistake(steps, f"{path}:{number}: expected a JSON object, found {_short(row)}")]
-                if missing := [column for column in columns if column not in row]:
+                if missing := [column for column in columns if row.get(column) is None]:
                     return [Mistake(steps, f"{path}:{number}: column {missing[0]!r} is missing")]
         return [] if rows else [Mistake(steps, f"{path}: expected at least one row, found none")]
     except OSError as error:

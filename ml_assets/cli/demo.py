@@ -19,7 +19,7 @@ from ml_assets.base_models.register import register_revisions
 from ml_assets.cli import supervisor
 from ml_assets.cli.runs import ASSET_JOB, Dagster
 from ml_assets.cli.supervisor import OperationError, print_urls
-from ml_assets.customization import BaseModels, Customization
+from ml_assets.customization import JOBS_FOR, BaseModels, Customization
 from ml_assets.datasets.snapshot import load_rows
 from ml_assets.datasets.sources import SourceError, source_version
 from ml_assets.endpoints.gateway import keys
@@ -135,7 +135,10 @@ def _bring_up_to_date(
             if stale:
                 names = ", ".join(key.path[-1] for key in stale)
                 title = f"{spec.name} on {revisions[family]} (missing or out of date: {names})"
-                run(title, f"{spec.name}__main", partition=revisions[family])
+                if len(customizations) <= JOBS_FOR:
+                    run(title, f"{spec.name}__main", partition=revisions[family])
+                else:  # a large project has no jobs
+                    run(title, ASSET_JOB, assets=assets, partition=revisions[family])
     return launched
 
 

@@ -39,7 +39,7 @@ def _row(record: TrafficRecord) -> dict[str, Any]:
 def read_labels(path: Path) -> Iterator[tuple[str, str, str]]:
     """(request id, key id, right answer) of every line that a person filled in. Raises LabelError."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")  # JSON may hold other line separators
     except OSError as error:
         raise LabelError(f"{path}: can't be read: {error.strerror}") from error
     for number, line in enumerate(lines, 1):

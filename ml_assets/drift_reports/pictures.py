@@ -113,7 +113,8 @@ def mix(names: Sequence[str], before: Sequence[float], now: Sequence[float]) -> 
     at = np.arange(len(shown))
     axes.barh(at + 0.2, [before[i] for i in shown], height=0.36, color="#a8a29e", label="frozen rows")
     axes.barh(at - 0.2, [now[i] for i in shown], height=0.36, color="#0f766e", label="newest answers")
-    axes.set_yticks(at, [names[i][:36] for i in shown], fontsize=8.5)
+    # what stands between two dollars would be read as mathematics
+    axes.set_yticks(at, [names[i][:36].replace("$", r"\$") for i in shown], fontsize=8.5)
     axes.xaxis.set_major_formatter(lambda x, _: f"{x:.0%}")
     axes.legend(frameon=False, fontsize=8.5)
     axes.spines[["top", "right"]].set_visible(False)

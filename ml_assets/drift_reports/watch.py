@@ -36,6 +36,7 @@ from ml_assets.eval_reports.metrics import metric_name, right_from, row_scores
 from ml_assets.eval_reports.value import is_refused, row_values
 from ml_assets.spec import CustomizationSpec
 from ml_assets.traffic.records import Judged
+from ml_assets.traffic.rows import row_of
 
 RECENT = 400
 """Requests whose details are kept, for rows to show and for estimates of how things are now."""
@@ -213,7 +214,10 @@ class Watch:
             if expected is None or request.id in self.judged:
                 continue
             self.judged[request.id] = None
-            right = self.is_right(expected, request.answer, request.metadata)
+            row = row_of(self.spec, request, expected) or request.metadata
+            right = self.is_right(expected, request.answer, row)
+            if right is None:
+                continue
             value = row_values(
                 [
                     {
@@ -256,12 +260,13 @@ class Watch:
         direction = classifier.best_direction() if isinstance(classifier, ClassifierDetector) else None
         return None if direction is None else [float(score) for score in self.features @ direction]
 
-    def is_right(self, expected: str, answer: str, row: Mapping[str, Any]) -> bool:
-        """By the first metric; an answer or a label that it can't read is wrong."""
+    def is_right(self, expected: str, answer: str, row: Mapping[str, Any]) -> bool | None:
+        """By the first metric; None where it can't be told: by a label that the metric can't read, or a row
+        without a column that it needs."""
         try:
             return float(self._score(expected, answer, row)) >= self._right_from
         except Exception:
-            return False
+            return None
 
     # -- state -----------------------------------------------------------------------------------------
 

@@ -304,7 +304,11 @@ def segments_plot(summary: Mapping[str, Any]) -> str | None:
             )
     axes.set_yticks(
         range(len(shown)),
-        [f"{s['column']} = {_cut(s['value'], 28)}  ({s['rows']})" for s in reversed(shown)],
+        # what stands between two dollars would be read as mathematics
+        [
+            f"{s['column']} = {_cut(s['value'], 28)}  ({s['rows']})".replace("$", r"\$")
+            for s in reversed(shown)
+        ],
         fontsize=8.5,
     )
     axes.set_xlim(-0.02, 1.02)

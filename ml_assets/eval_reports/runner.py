@@ -79,7 +79,7 @@ def load_must_pass(path: Path, columns: Sequence[str]) -> list[Row]:
     Raises EvaluationError that names file and line when one is not a JSON object with `columns`.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")  # JSON may hold other line separators
     except (OSError, UnicodeDecodeError) as error:
         raise EvaluationError(f"{path}: expected a readable JSONL file of must-pass rows: {error}") from error
     rows: dict[str, Row] = {}

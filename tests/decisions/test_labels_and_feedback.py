@@ -1,6 +1,8 @@
 """Files that people fill in, and feedback that people should look at."""
 
 import json
+from contextlib import closing
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -9,6 +11,7 @@ import pytest
 from ml_assets.cli.main import main
 from ml_assets.decisions.feedback_quality import examine
 from ml_assets.decisions.labels import LabelError, read_labels, write_requests
+from ml_assets.endpoints.ledger import Ledger, Release
 from ml_assets.settings import Settings
 from ml_assets.traffic.records import FeedbackRecord, Judged, TrafficRecord
 from ml_assets.traffic.store import TrafficLog
@@ -51,10 +54,10 @@ def judged(
 
 def test_labels_come_back_as_feedback(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     log = TrafficLog(Settings.from_env().traffic_url)
-    log.append([record(1), record(2, "key2"), record(3)])
+    log.append([record(1), record(2, "key2"), record(3, question="one line\u2028another\x85")])
     path = tmp_path / "home" / "decision.jsonl"
     write_requests(path, [*log.requests("home"), record(4)])
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows = [json.loads(line) for line in path.read_text().split("\n")[:-1]]
     assert rows[0] == {
         "request": "chatcmpl-1",
         "key": "key1",
@@ -65,13 +68,35 @@ def test_labels_come_back_as_feedback(tmp_path: Path, capsys: pytest.CaptureFixt
     }
     for number, answer in ((1, "no"), (3, "ja")):
         rows[number]["right_answer"] = answer
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     write_requests(path, [record(1)])
-    assert len(path.read_text().splitlines()) == 4, "a file that somebody works on stays"
+    assert path.read_text().count("\n") == 4, "a file that somebody works on stays"
     assert main(["labels", "import", str(path)]) == 0
     assert "1 right answers stored. 1 requests are not kept any more." in capsys.readouterr().out
     (said,) = log.feedback("home")
     assert (said.request.id, said.feedback.right_answer, said.feedback.key_id) == ("chatcmpl-2", "no", "key2")
+    log.close()
+
+
+def test_labels_are_redacted_as_the_release_says(tmp_path: Path) -> None:
+    log = TrafficLog(Settings.from_env().traffic_url)
+    log.append([record(1), replace(record(2), customization="open")])
+    with closing(Ledger(Settings.from_env().ledger_url)) as ledger:
+        digest = {"base_digest": "b" * 64, "adapter_digest": "a" * 64, "report_digest": "c" * 64}
+        why = {"mlflow_version": "1", "run_id": "run", "actor": "test", "reason": "test"}
+        policy = {"redact": ["phone"], "retention": "90d"}
+        with ledger.release("open", "run") as transaction:
+            transaction.record(Release("open", "tiny@0", **digest, **why, traffic_policy=policy))
+    path = tmp_path / "labels.jsonl"
+    rows = [
+        {"request": f"chatcmpl-{n}", "key": "key1", "right_answer": "mail a@b.com or 030 1234567"}
+        for n in (1, 2)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert main(["labels", "import", str(path)]) == 0
+    (default,), (stated,) = log.feedback("home"), log.feedback("open")
+    assert default.feedback.right_answer == "mail [EMAIL] or [PHONE]"
+    assert stated.feedback.right_answer == "mail a@b.com or [PHONE]"
     log.close()
 
 

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from ml_assets.drift_reports.embeddings import hashing
 from ml_assets.drift_reports.observe import LabelRule, answered, observe
+from ml_assets.drift_reports.pictures import mix
 from ml_assets.drift_reports.reference import Models, Reference, find_reference
 from ml_assets.drift_reports.signals import outcome_of, signals_of
 from ml_assets.drift_reports.watch import Watch
@@ -123,6 +124,36 @@ def test_feedback_measures_the_loss_and_no_request_counts_twice() -> None:
     assert signal.alarm and signal.severity == "error"
     assert signal.effect_interval is not None and signal.effect_interval[0] > 0.8
     assert signal.rows[0]["why"] == "right would be: heater"
+
+
+def by_its_row(expected: str, answer: str, row: dict[str, str]) -> float:
+    """A metric that needs a column of the dataset."""
+    return float(row["text"] != "" and row["colour"] == expected == answer)
+
+
+def test_a_metric_of_our_own_gets_the_row_that_a_request_would_be() -> None:
+    evaluation = {"task": "classification", "metrics": [{"callable": f"{__name__}:by_its_row"}]}
+    w = world()
+    watch = Watch(specification(evaluation=evaluation), reference(), 365.0)
+    records = numbered(w.quiet(40))
+    watch.judge([one for r in records for one in judged([r], r.answer)])
+    assert (outcome_of(watch).labelled, outcome_of(watch).accuracy) == (40, 1.0)
+
+
+def unreadable(expected: str, answer: str, row: dict[str, str]) -> float:
+    raise KeyError("no such column")
+
+
+def test_a_label_that_no_metric_can_read_is_left_out() -> None:
+    evaluation = {"task": "classification", "metrics": [{"callable": f"{__name__}:unreadable"}]}
+    w = world()
+    watch = Watch(specification(evaluation=evaluation), reference(), 365.0)
+    watch.judge(judged(numbered(w.quiet(40)), "red"))
+    assert (outcome_of(watch).labelled, outcome_of(watch).accuracy) == (0, None)
+
+
+def test_labels_are_drawn_as_they_are() -> None:
+    assert mix(["$5_$9", "10% off $5, 20% off $9", "red"], [0.2, 0.3, 0.5], [0.3, 0.3, 0.4])
 
 
 JUNK = [

@@ -19,6 +19,7 @@ from ml_assets.eval_reports import build as build_module
 from ml_assets.eval_reports.asset import build_eval_report_asset
 from ml_assets.eval_reports.build import Champion, build_report
 from ml_assets.eval_reports.metrics import MetricError
+from ml_assets.eval_reports.report import segments_plot
 from ml_assets.eval_reports.runner import (
     Arm,
     EvaluationError,
@@ -341,6 +342,19 @@ def test_bad_must_pass_file_is_one_clear_error(tmp_path: Path, content: str | No
     with pytest.raises(EvaluationError, match=message) as caught:
         load_must_pass(path, ["text", "label"])
     assert str(path) in str(caught.value)
+
+
+def test_lines_of_a_must_pass_file_end_where_those_of_json_do(tmp_path: Path) -> None:
+    path = tmp_path / "must.jsonl"
+    path.write_text('{"text": "one\u2028two\x85", "label": "b"}\r\n{"text": "c", "label": "d"}\n')
+    assert len(load_must_pass(path, ["text", "label"])) == 2
+
+
+def test_segments_are_drawn_as_they_are() -> None:
+    arm = {"mean": 0.5, "lower": 0.4, "upper": 0.6}
+    values = ("$5_$9", "10% off $5, 20% off $9")
+    segments = [{"column": "price", "value": v, "rows": 9, "arms": {"adapter": arm}} for v in values]
+    assert segments_plot({"segments": segments, "arms": {"adapter": {}}, "metric": "accuracy"})
 
 
 def test_rows_examples_and_prompts() -> None:
