@@ -37,7 +37,8 @@ def tiny_model(
     """Write a random causal model (context 512, bfloat16) with a byte-level BPE tokenizer of at most
     `vocabulary` tokens (at least the 256 bytes and 3 more) to `directory`, and return it.
 
-    `architecture` is one of ARCHITECTURES. EOS is `<|im_end|>`; with `chat_template`, a ChatML template.
+    `architecture` is one of ARCHITECTURES, or of the peculiar ones in `_config`. EOS is `<|im_end|>`; with
+    `chat_template`, a ChatML template.
     `heads` divides the hidden size: some servers want heads of 32 or more. Same arguments, same bytes.
     """
     import torch
@@ -140,11 +141,16 @@ def _tokenizer(vocabulary: int = VOCABULARY) -> Any:
 
 def _config(architecture: str, tokenizer: Any, heads: int, layers: int, hidden: int) -> Any:
     from transformers import (
+        BioGptConfig,
+        FalconConfig,
+        Gemma2Config,
         GemmaConfig,
         GPT2Config,
         GPTNeoXConfig,
         LlamaConfig,
         MistralConfig,
+        Phi3Config,
+        PhimoeConfig,
         Qwen2Config,
     )
 
@@ -175,4 +181,17 @@ def _config(architecture: str, tokenizer: Any, heads: int, layers: int, hidden: 
             return GPTNeoXConfig(**shape)
         case "gpt2":
             return GPT2Config(**special, n_embd=hidden, n_layer=layers, n_head=heads, n_positions=CONTEXT)
+        case "falcon":  # adds to the output of a linear layer in place
+            return FalconConfig(**shape, parallel_attn=True)
+        case "phimoe":  # tells its sliding window to the mask alone
+            return PhimoeConfig(**grouped, num_local_experts=4, sliding_window=24)
+        case "biogpt":  # drops out by a function, at a rate of its own name
+            return BioGptConfig(**shape)
+        case "gemma2":  # caps its attention scores
+            return Gemma2Config(**grouped, head_dim=hidden // heads)
+        case "phi3":  # has other positions beyond a length
+            factors = [1.0] * (hidden // heads // 2)
+            rope = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 64}
+            rope |= {"short_factor": factors, "long_factor": [8 * factor for factor in factors]}
+            return Phi3Config(**grouped, rope_parameters=rope, original_max_position_embeddings=64)
     raise ValueError(f"architecture {architecture!r}: expected one of {', '.join(ARCHITECTURES)}")

@@ -56,7 +56,14 @@ def facts(model: Any, tokenizer: Any, directory: Path) -> dict[str, Any]:
 
 def context_length(config: Any, tokenizer: Any) -> int:
     """Longest sequence in tokens that the model states. Models without positions of their own (ALiBi, state
-    space) state it in other words, or only in the tokenizer."""
+    space) state it in other words, or only in the tokenizer. With LongRoPE it is what the model was trained
+    on: beyond, all positions of a pass turn otherwise, also those of shorter sequences beside it."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") == "longrope":
+        original = rope.get("original_max_position_embeddings")
+        original = original or getattr(config, "original_max_position_embeddings", None)
+        if isinstance(original, int) and original > 0:
+            return original
     for name in ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length"):
         value = getattr(config, name, None)
         if isinstance(value, int) and value > 0:
@@ -101,10 +108,10 @@ def attention_blocks(model: Any) -> set[str]:
     import torch
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    from ml_assets.engine.packing import attend  # transformers' own refuses soft caps
 
     seen: set[int] = set()
-    attend = ALL_ATTENTION_FUNCTIONS["sdpa"]
 
     def record(module: Any, *args: Any, **kwargs: Any) -> Any:
         seen.add(id(module))

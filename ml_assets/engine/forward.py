@@ -59,7 +59,7 @@ def answer_log_probs(
         firsts = [start + len(invocation) - 1 for start in packing.starts]
         answers = [answer for _, answer in pairs]
         return packed_log_probs(base, packing, firsts, answers, loss_scale, taught, watch)
-    prefix = shared_prefix([prompt for prompt, _ in pairs]) if base.dropout == 0 else 0
+    prefix = shared_prefix([prompt for prompt, _ in pairs]) if not base.random else 0
     starts = _invocations(base, pairs)
     if starts is not None:
         prefix = min(prefix, *starts)

@@ -49,19 +49,19 @@ class Base:
         self.pad_id: int = pad if pad is not None else self.chat.end_of_turn
         self.vocabulary: int = model.get_input_embeddings().weight.shape[0]
         self.packs = packing.packs(model)
+        self.draws = draws_in_training(model)
         norms.replace_rms_norms(model)
         linear.pack_linear_layers(model)
         self.lora = LoraLayers(model)
         self.adapters: dict[str, dict[str, Any]] = {}
 
     @property
-    def dropout(self) -> float:
-        """The largest dropout in effect; where there is some, rows can't share what they compute."""
+    def random(self) -> bool:
+        """Whether a forward pass draws random numbers, as with dropout: rows can't share what they compute
+        then, and threads would draw from one generator."""
         if not self.model.training:
-            return 0.0
-        rates = [module.p for module in self.model.modules() if isinstance(module, torch.nn.Dropout)]
-        rates += [self.lora.adapters[name].dropout for name in self.lora.route.names]
-        return max([*rates, getattr(self.model.config, "attention_dropout", 0.0) or 0.0])
+            return False
+        return self.draws or any(self.lora.adapters[name].dropout > 0 for name in self.lora.route.names)
 
     def attach(self, name: str, directory: Path) -> None:
         """Load the adapter in `directory` (PEFT files and manifest.json) under `name`, not yet active. One
@@ -116,6 +116,28 @@ class Base:
         works from its invocation on in `forward`, `generation` and `scoring`, on every token elsewhere."""
         with self.lora.routed(Route(() if name is None else (name,))):
             yield
+
+
+@torch.inference_mode()
+def draws_in_training(model: Any) -> bool:
+    """Whether the forward pass of a model that is being trained draws random numbers. Found by computing:
+    dropout has many names in configurations, and not all of it is a module."""
+    was, device = model.training, model.device
+
+    def states() -> list[torch.Tensor]:
+        found = [torch.get_rng_state()]
+        return [*found, torch.cuda.get_rng_state(device)] if device.type == "cuda" else found
+
+    before = states()
+    try:
+        model.train()
+        model(input_ids=torch.arange(4, device=device)[None])
+        return not all(torch.equal(a, b) for a, b in zip(before, states(), strict=True))
+    finally:
+        model.train(was)
+        torch.set_rng_state(before[0])
+        if len(before) > 1:
+            torch.cuda.set_rng_state(before[1], device)
 
 
 @dataclass(frozen=True)

@@ -278,30 +278,32 @@ class _Layer:
             dropped = torch.nn.functional.dropout(x, adapter.dropout)
             h = torch.nn.functional.linear(dropped, pair[0]) * adapter.scaling
             return self.plain(x) + torch.nn.functional.linear(h, pair[1])
-        return _TrainedLinear.apply(x, self.frozen, *pair, adapter.scaling)
+        # the view is made out here: some models add to a layer's output in place, which autograd refuses for
+        # a view that a function of our own returns
+        y = _TrainedLinear.apply(x.reshape(-1, x.shape[-1]), self.frozen, *pair, adapter.scaling)
+        return y.view(*x.shape[:-1], -1)  # type: ignore[union-attr]
 
 
 class _TrainedLinear(torch.autograd.Function):
-    """x W' + bias + scaling x A' B' with gradients for x, A and B; W and bias are frozen."""
+    """x W' + bias + scaling x A' B' for x (tokens, in), with gradients for x, A and B; W and bias are
+    frozen."""
 
     @staticmethod
     def forward(ctx: Any, x: Any, frozen: FrozenLinear, a: Any, b: Any, scaling: float) -> Any:
-        flat = x.reshape(-1, x.shape[-1])
-        h = flat @ a.T
-        y = frozen.product(flat).addmm_(h, b.T, alpha=scaling)
-        ctx.save_for_backward(flat, a, b, h)
+        h = x @ a.T
+        y = frozen.product(x).addmm_(h, b.T, alpha=scaling)
+        ctx.save_for_backward(x, a, b, h)
         ctx.frozen, ctx.scaling = frozen, scaling
-        return y.view(*x.shape[:-1], -1)
+        return y
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
-        flat, a, b, h = ctx.saved_tensors
-        shape = gradients[0].shape[:-1]
-        dy = gradients[0].reshape(-1, gradients[0].shape[-1])
+        x, a, b, h = ctx.saved_tensors
+        dy = gradients[0]
         dh = (dy @ b).mul_(ctx.scaling)
-        da = dh.T @ flat
+        da = dh.T @ x
         db = (dy.T @ h).mul_(ctx.scaling)
-        dx = ctx.frozen.gradient(dy).addmm_(dh, a).view(*shape, -1) if ctx.needs_input_grad[0] else None
+        dx = ctx.frozen.gradient(dy).addmm_(dh, a) if ctx.needs_input_grad[0] else None
         return dx, None, da, db, None
 
 

@@ -11,7 +11,7 @@ import contextlib
 import inspect
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -442,12 +442,26 @@ class Step(_Pass):
 # -- attention -----------------------------------------------------------------------------------------
 
 
+@dataclass
+class _Windows:
+    """Sliding windows that a model asked for: of its masks, and of its attention layers in a packing."""
+
+    masks: set[int | None] = field(default_factory=set)
+    layers: set[int | None] = field(default_factory=set)
+
+
+_watched = threading.local()
+"""`windows`: what `packs` looks at in this thread."""
+
+
 def register() -> None:
     """Make `attend` known to transformers; `model.set_attn_implementation(INTERFACE)` uses it."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 
     def no_mask_when_packed(*args: Any, **kwargs: Any) -> Any:
+        if (seen := getattr(_watched, "windows", None)) is not None:
+            seen.masks.add(kwargs.get("local_size"))
         return None if _current() is not None else sdpa_mask(*args, **kwargs)
 
     AttentionInterface.register(INTERFACE, attend)
@@ -484,12 +498,18 @@ def attend(
             s_aux,
             kwargs,
         )
+    if (seen := getattr(_watched, "windows", None)) is not None:
+        seen.layers.add(sliding_window)
     if kwargs.get("position_bias") is not None:
         raise NotImplementedError("position bias in packed attention")
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     options = _Options(scale, dropout if module.training else 0.0, softcap, s_aux)
     out = current.attend(module, query[0], key[0], value[0], sliding_window, options)
     return out.transpose(0, 1)[None].contiguous(), None
+
+
+MOST_SCORES = 2**25
+"""Products of queries and keys that are computed as one tensor; more are not kept, which takes longer."""
 
 
 @dataclass(frozen=True)
@@ -506,6 +526,14 @@ def _scores(
     """Attention of q (n, H, L, D) to k, v (n, H or a divisor, S, D) under mask (n, 1, L, S)."""
     n, heads, width, size = q.shape
     shared = k.shape[1]
+    if (
+        n * heads * width * k.shape[2] > MOST_SCORES
+        and o.softcap is None
+        and o.sinks is None
+        and not o.dropout
+    ):
+        k, v = (x.repeat_interleave(heads // shared, dim=1) for x in (k, v))
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, mask, scale=o.scale)
     q = (q * o.scale).reshape(n * shared, heads // shared * width, size)
     scores = torch.bmm(q, k.reshape(n * shared, -1, size).transpose(1, 2))
     weights = _weights(scores.view(n, heads, width, -1), mask, o)
@@ -670,8 +698,21 @@ def packs(model: Any) -> bool:
     """Whether this model computes the same packed as alone: found by computing, in its own number format."""
     register()
     model.set_attn_implementation(INTERFACE)
-    if "position_ids" not in inspect.signature(type(body(model)).forward).parameters:
+    try:
+        if "position_ids" not in inspect.signature(type(body(model)).forward).parameters:
+            return False
+    except AttributeError:
         return False
+    _watched.windows = windows = _Windows()
+    try:
+        return _computes_the_same(model) and windows.masks <= windows.layers | {None}
+    finally:
+        _watched.windows = None
+
+
+def _computes_the_same(model: Any) -> bool:
+    """On a few short sequences. A window that only the mask knows, which a packing has none of, would not be
+    seen here: they are shorter than any."""
     size = model.get_input_embeddings().weight.shape[0]
     prefix, *rows = [
         [(7 * i * i + 3 * i + start) % size for i in range(n)] for start, n in ((5, 4), (11, 6), (2, 3))

@@ -320,7 +320,8 @@ def _search(
     rests = torch.tensor([len(label) - 1 for label in labels], device=base.device)
     few = 2 * (open_ * rests).sum(-1) <= size
     score_pairs(open_ & few[:, None])
-    for rows in _parts((open_.any(-1) & ~few).nonzero()[:, 0].tolist(), tokens):
+    whole = (open_.any(-1) & ~few).nonzero()[:, 0].tolist()
+    for rows in _parts(whole, lambda row: tokens(row) + size):
         packing, hidden = _pass_behind(base, found, rows, [()] * len(rows), tree.branches)
         nodes = torch.tensor(packing.starts)[:, None] + torch.arange(size)
         scores[rows] = bounds[rows] + _sums(base, tree, hidden, nodes, 1)

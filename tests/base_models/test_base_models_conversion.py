@@ -55,6 +55,15 @@ def test_probe_of_each_architecture(architecture: str, tmp_path: Path):
     ] == []
 
 
+@pytest.mark.parametrize(("architecture", "context"), [("gemma2", CONTEXT), ("phi3", 64)])
+def test_probe_of_peculiar_architectures(architecture: str, context: int, tmp_path: Path):
+    """Capped attention scores; and positions that turn otherwise for all once one is beyond a length."""
+    source = tiny_model(architecture, tmp_path / "source")
+    _, _, facts = converted(source, tmp_path / "converted")
+    assert facts["context_length"] == context
+    assert {"qkv_proj", "q_proj"} & set(facts["lora_targets"]["attention"])
+
+
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("role", ["all-linear", "attention"])
 def test_peft_finds_exactly_these_targets(architecture: str, role: str, tmp_path: Path):
