@@ -13,6 +13,7 @@ from ml_assets.artifacts import canonical_json, sha256_bytes
 from ml_assets.base_models.identity import BaseModelError
 from ml_assets.base_models.partitions import BASE_MODELS
 from ml_assets.base_models.register import current_revision
+from ml_assets.base_models.sources import SourceChanging
 from ml_assets.cli.runs import failure_of
 from ml_assets.decisions.asset import asset_url
 from ml_assets.decisions.book import DecisionBook
@@ -76,11 +77,13 @@ def build_base_updates_sensor(
         existing = context.instance.get_dynamic_partitions(str(BASE_MODELS.name))
         # what a source that can't be reached held last
         current = {revision.rpartition("@")[0]: revision for revision in existing}
-        new, unchanged, failed = [], [], []
+        new, unchanged, failed, changing = [], [], [], []
         for name in [name for name, lookup in lookups.items() if lookup.done()]:
             lookup = lookups.pop(name)
             error = lookup.exception()
-            if error is not None:
+            if isinstance(error, SourceChanging):
+                changing.append(f"{name}: {error}")
+            elif error is not None:
                 failed.append(f"{name}: {error}")
             else:
                 current[name] = lookup.result()
@@ -126,6 +129,7 @@ def build_base_updates_sensor(
         for problem in failed:
             context.log.error(problem)
         lines += [f"unchanged: {', '.join(unchanged)}"] if unchanged and not lines else []
+        lines += changing
         lines += [f"still being downloaded or hashed: {', '.join(lookups)}"] if lookups else []
         text = shorten("; ".join(lines) or "no base model is declared")
         if requests:

@@ -9,12 +9,13 @@ twice.
 
 import contextlib
 import dataclasses
+import datetime
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ml_assets.adapters.kind import resolve_kind
 from ml_assets.adapters.port import (
@@ -35,7 +36,14 @@ from ml_assets.adapters.prompted import PROMPTED_VERSION, publish_prompted
 from ml_assets.adapters.recipe import training_examples
 from ml_assets.adapters.rungs import Climb, RungResult
 from ml_assets.adapters.train import KIND as ADAPTER
-from ml_assets.adapters.train import UNTRAINABLE, AdapterInputs, TrainedAdapter, open_inputs, train_adapter
+from ml_assets.adapters.train import (
+    UNTRAINABLE,
+    AdapterInputs,
+    TrainedAdapter,
+    open_inputs,
+    recall_adapter,
+    train_adapter,
+)
 from ml_assets.artifacts import (
     ArtifactError,
     ArtifactRef,
@@ -46,6 +54,7 @@ from ml_assets.artifacts import (
 )
 from ml_assets.datasets.snapshot import load_rows
 from ml_assets.engine.examples import is_prompted
+from ml_assets.eval_reports.build import KIND as REPORT
 from ml_assets.eval_reports.build import (
     BuiltReport,
     Champion,
@@ -146,14 +155,7 @@ def trained_before(inputs: AdapterInputs, store: ArtifactStore, kind: str) -> Tr
     """What a full training on these inputs gave before; `kind`: the champion's, for `adapter.kind: auto`."""
     if inputs.spec.adapter.kind == "auto" and kind != "prompt":
         inputs = _with_kind(inputs, kind)
-    known = store.recall(ADAPTER, inputs.key)
-    if known is None:
-        return None
-    try:
-        store.open(known[0])
-    except ArtifactError:
-        return None
-    return TrainedAdapter(*known, reused=True)
+    return recall_adapter(store, inputs.key)
 
 
 def known_climb(
@@ -266,9 +268,10 @@ class _Climber:
         if known := _recall_climb(self.store, self.key):
             with contextlib.suppress(ArtifactError):
                 return Climbed(self._chosen(known.rungs), known, 0.0)
+        self.began = self._began()
         hardware.prepare_process()
         self.parent = read_json(self.store.open(self.champion.adapter) / "manifest.json")
-        self.parent_base = read_json(self.store.open(self.champion.base_model) / "manifest.json")
+        self.parent_base = self.store.open(self.champion.base_model)
         inputs = open_inputs(self.spec, self.store, self.base_model, self.dataset)
         if self.spec.adapter.kind == "auto" and not is_prompted(self.parent):
             inputs = _with_kind(inputs, self.parent["kind"])
@@ -302,6 +305,14 @@ class _Climber:
         _remember(self.store, self.key, "whole", dataclasses.asdict(found))
         return Climbed(chosen, found, self.spent)
 
+    def _began(self) -> str:
+        """When this climb was first begun: what was made since was made for it, also before a kill."""
+        known = _recall(self.store, self.key, "began")
+        if known is None:
+            known = {"at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")}
+            _remember(self.store, self.key, "began", known)
+        return known["at"]
+
     # -- before the first look -------------------------------------------------------------------------
 
     def _plan(self) -> _Plan:
@@ -314,7 +325,7 @@ class _Climber:
         plan.level_seconds = seconds()
         if "bare" in rungs:
             self._plan_bare(plan)
-        if not same_tokenizer(self.inputs.base_manifest, self.parent_base):
+        if not same_tokenizer(self.inputs.base_directory, self.parent_base):
             self._within(plan, self._screen_rows() * (1 + bool(self.spec.evaluation.few_shot)))
         if {"copy", "tune", "distil"} & set(rungs):
             self._plan_copy(plan)
@@ -344,11 +355,15 @@ class _Climber:
 
     def _plan_bare(self, plan: _Plan) -> None:
         """Zero-shot or few-shot, the better one on validation rows."""
-        with self._timed() as seconds:
-            made = {"zero_shot": publish_prompted(self.inputs, self.store, self.home, "zero_shot")}
-            if self.spec.evaluation.few_shot:
-                made["few_shot"] = publish_prompted(self.inputs, self.store, self.home, "few_shot")
-        plan.training_seconds["bare"] = seconds()
+        shots: list[Literal["zero_shot", "few_shot"]] = ["zero_shot"]
+        if self.spec.evaluation.few_shot:
+            shots.append("few_shot")
+        made: dict[str, TrainedAdapter] = {}
+        plan.training_seconds["bare"] = 0.0
+        for name in shots:
+            with self._timed() as seconds:
+                made[name] = publish_prompted(self.inputs, self.store, self.home, name)
+            plan.training_seconds["bare"] += self._took(made[name], seconds())
         with self._timed() as seconds:
             scores = {name: self._screened(adapter.ref) for name, adapter in made.items()}
         plan.screen_seconds["bare"] = seconds()
@@ -361,7 +376,7 @@ class _Climber:
         """Measure every start on validation rows."""
         ported: tuple[RungName, ...] = ("copy", "tune", "distil")
         wanted: list[RungName] = [rung for rung in ported if rung in self.spec.migration.rungs]
-        copies, reason = same_tokenizer(self.inputs.base_manifest, self.parent_base), ""
+        copies, reason = same_tokenizer(self.inputs.base_directory, self.parent_base), ""
         if not copies:
             reason = (
                 "another tokenizer or chat template: what the adapter does to its tokens means nothing here"
@@ -370,20 +385,21 @@ class _Climber:
             reason = (
                 f"{len(self.rows) + len(self.held)} training rows: too few to leave some out for validation"
             )
-        if reason:
-            for rung in wanted:
-                if rung == "copy" or len(self.held) < MIN_VALIDATION:
-                    self._settle(plan, rung, "", "skipped", reason)
-            if all(rung in plan.settled for rung in wanted):
-                return
-        with self._timed() as seconds:
-            reason = self._measure_starts(plan, copies)
-        plan.training_seconds[wanted[0]] = seconds()
+        skipped: list[RungName] = [
+            rung for rung in wanted if reason and (rung == "copy" or len(self.held) < MIN_VALIDATION)
+        ]
+        none = ""
+        if any(rung not in plan.settled and rung not in skipped for rung in wanted):
+            with self._timed() as seconds:
+                none = self._measure_starts(plan, copies)
+            plan.training_seconds[next(rung for rung in wanted if rung not in plan.settled)] = seconds()
+        for rung in skipped:  # only now: what was measured is in the first one's costs
+            self._settle(plan, rung, "", "skipped", reason)
         if "copy" not in wanted or "copy" in plan.settled:
-            return
+            return None
         starts = [name for name in plan.losses if name != SCRATCH]
         if not starts:
-            return self._settle(plan, "copy", "", "skipped", reason)
+            return self._settle(plan, "copy", "", "skipped", none)
         best = min(starts, key=lambda name: plan.losses[name])
         loss, bare, gained = plan.losses[best], plan.losses[SCRATCH], plan.gained(plan.losses[best])
         least = MAPPED if best == "mapped" else HOPELESS
@@ -494,16 +510,46 @@ class _Climber:
     # -- rungs -----------------------------------------------------------------------------------------
 
     def _tried(self, rung: RungName, plan: _Plan, before: Sequence[RungResult]) -> RungResult:
-        if rung in plan.settled:
-            result = RungResult(**plan.settled[rung])
-        elif known := _recall(self.store, self.key, rung):
-            result = RungResult(**known)
-        else:
-            result = self._try(rung, plan, before)
-            _remember(self.store, self.key, rung, dataclasses.asdict(result))
+        known = plan.settled.get(rung) or _recall(self.store, self.key, rung)
+        result = RungResult(**known) if known else None
+        if result is None or not self._kept(result):
+            result = self._made_again(result, plan, before) if result else self._try(rung, plan, before)
+            if rung not in plan.settled:
+                _remember(self.store, self.key, rung, dataclasses.asdict(result))
         name = f"{rung} ({result.start})" if result.start else rung
         self.tell(f"{self.spec.name}, {name}: {result.verdict}: {result.reason}")
         return result
+
+    def _kept(self, result: RungResult) -> bool:
+        """Whether what a rung gave can be opened; where its report can't, that is made anew."""
+        from ml_assets.engine import hardware
+
+        if result.adapter_digest is None:
+            return True
+        adapter = ArtifactRef(ADAPTER, result.adapter_digest)
+        try:
+            self._published(adapter)
+            if result.report_digest:
+                self.store.open(ArtifactRef(REPORT, result.report_digest))
+        except ArtifactError as error:
+            _log.warning("%s again, because what was published is damaged: %s", result.rung, error)
+            serving, compute = self.champion.adapter.digest, hardware.hardware_class(self.home)
+            place = (adapter, self.dataset, self.base_model, serving, compute, result.looks, result.look)
+            self.store.forget(REPORT, report_key(self.spec, self.root, *place))
+            return False
+        return True
+
+    def _made_again(self, lost: RungResult, plan: _Plan, before: Sequence[RungResult]) -> RungResult:
+        """A rung whose adapter or report was lost. Its costs stay what they were: the accident is no part."""
+        if lost.rung in plan.settled:
+            adapter = self._train(lost.rung, lost.start, plan, before)
+            return replace(lost, adapter_digest=adapter.ref.digest)
+        return replace(
+            self._try(lost.rung, plan, before),
+            training_seconds=lost.training_seconds,
+            evaluation_seconds=lost.evaluation_seconds,
+            screen_seconds=lost.screen_seconds,
+        )
 
     def _try(self, rung: RungName, plan: _Plan, before: Sequence[RungResult]) -> RungResult:
         start = {"bare": (plan.bare or {}).get("shots", ""), "full": SCRATCH}.get(rung) or self._start(
@@ -530,7 +576,9 @@ class _Climber:
             adapter_digest=trained.ref.digest,
             start=self._origin(manifest, start),
             steps=manifest["steps"],
-            training_seconds=result.training_seconds + (0.0 if trained.reused else seconds()),
+            # a prompt's are in the plan
+            training_seconds=result.training_seconds
+            + (0.0 if rung == "bare" else self._took(trained, seconds())),
         )
         if rung not in ("bare", "full"):
             with self._timed() as seconds:
@@ -675,7 +723,11 @@ class _Climber:
             return results
         for i in range(len(results) - 1, -1, -1):
             if digest := results[i].adapter_digest:
-                result = self._shown(results[i], ArtifactRef("adapter", digest), plan, before=0)
+                known = _recall(self.store, self.key, "last")
+                result = RungResult(**known) if known else None
+                if result is None or not self._kept(result):
+                    result = self._shown(results[i], ArtifactRef("adapter", digest), plan, before=0)
+                    _remember(self.store, self.key, "last", dataclasses.asdict(result))
                 return [*results[:i], result, *results[i + 1 :]]
         raise NotCarried(
             f"{self.spec.name}: no rung gave an adapter for {self.inputs.base_manifest['revision']}: "
@@ -687,7 +739,10 @@ class _Climber:
         accepted = next((result for result in shown if result.verdict == "promote"), None)
         best = accepted or max(shown, key=lambda result: result.candidate or 0.0)
         assert best.adapter_digest is not None
-        ref = ArtifactRef("adapter", best.adapter_digest)
+        return self._published(ArtifactRef(ADAPTER, best.adapter_digest))
+
+    def _published(self, ref: ArtifactRef) -> TrainedAdapter:
+        """An adapter with its record. Raises ArtifactError when either is damaged or gone."""
         manifest = read_json(self.store.open(ref) / "manifest.json")
         known = self.store.recall(ADAPTER, manifest["input_key"])
         if known is None:
@@ -705,6 +760,14 @@ class _Climber:
         finally:
             ended = time.monotonic()
             self.spent += ended - started
+
+    def _took(self, trained: TrainedAdapter, seconds: float) -> float:
+        """What an adapter took of this climb, in processes that were killed as well; `seconds`: in this."""
+        record = trained.record
+        earlier = record.get("earlier_seconds", 0.0)
+        if not trained.reused:
+            return seconds + earlier
+        return record["seconds"] + earlier if record["trained_at"] >= self.began else 0.0
 
     def _full(self, results: Sequence[RungResult]) -> tuple[float | None, str]:
         """What a full training and its evaluation take: measured, or predicted; and what from. The first look

@@ -22,6 +22,7 @@ from ml_assets.artifacts import (
     sha256_bytes,
     write_atomic,
 )
+from ml_assets.base_models.identity import reading
 from ml_assets.datasets.failures import production_failures
 from ml_assets.datasets.snapshot import load_rows
 from ml_assets.engine.examples import is_prompted
@@ -226,7 +227,7 @@ def _make_starts(
     targets = resolve_targets(inputs.spec.adapter, inputs.base_manifest)
     names: dict[str, str] = {}
     reason = ""
-    same_tokens = same_tokenizer(inputs.base_manifest, manifest)
+    same_tokens = same_tokenizer(inputs.base_directory, store.open(parent_base))
     try:
         with teacher(store, home, parent, parent_base) as old:
             adapter = old.lora.adapters[TEACHER]
@@ -246,10 +247,13 @@ def _make_starts(
     write_atomic(staging / "starts.json", canonical_json({"starts": names, "reason": reason}) + b"\n")
 
 
-def same_tokenizer(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    """Whether two bases (or an adapter's manifest and a base's) read the same text as the same tokens."""
-    fields = ("tokenizer_sha256", "chat_template_sha256")
-    return all(one.get(field) == other.get(field) for field in fields)
+def same_tokenizer(one: Path, other: Path) -> bool:
+    """Whether two bases (their artifacts' folders) read the same text as the same tokens."""
+    ours, theirs = (read_json(folder / "manifest.json") for folder in (one, other))
+    if ours["chat_template_sha256"] != theirs["chat_template_sha256"]:
+        return False
+    # the hash also covers how sequences are padded and cut, which tells nothing about tokens
+    return ours["tokenizer_sha256"] == theirs["tokenizer_sha256"] or reading(one) == reading(other)
 
 
 TEACHER = "teacher"
@@ -391,7 +395,7 @@ def _taught(
     right (sequence-level: Kim and Rush 2016, arXiv 1606.07947)."""
     manifest = read_json(store.open(port.parent) / "manifest.json")
     found = list(examples)
-    if same_tokenizer(inputs.base_manifest, manifest) and not is_prompted(manifest):
+    if not is_prompted(manifest) and same_tokenizer(inputs.base_directory, store.open(port.parent_base)):
         softs = _probabilities(port, store, home, [examples[i] for i in chosen])
         for i, soft in zip(chosen, softs, strict=True):
             found[i] = replace(examples[i], soft=soft)

@@ -14,7 +14,7 @@ from ml_assets.adapters.fingerprint import choose_probes, make_fingerprint, meas
 from ml_assets.adapters.manifest import build_manifest
 from ml_assets.adapters.recipe import answer_labels, example_pairs
 from ml_assets.adapters.search import choose_way
-from ml_assets.adapters.train import KIND, AdapterInputs, TrainedAdapter
+from ml_assets.adapters.train import KIND, AdapterInputs, TrainedAdapter, recall_adapter
 from ml_assets.artifacts import ArtifactStore, canonical_json, sha256_bytes
 from ml_assets.datasets.snapshot import load_rows
 from ml_assets.engine.examples import Examples, files_of
@@ -40,8 +40,8 @@ def publish_prompted(inputs: AdapterInputs, store: ArtifactStore, home: Path, sh
     Raises ValueError when the training rows hold too many labels or none of them.
     """
     key = prompted_key(inputs, {"shots": shots})
-    if known := store.recall(KIND, key):
-        return TrainedAdapter(known[0], known[1], reused=True)
+    if known := recall_adapter(store, key):
+        return known
     from ml_assets.engine import hardware
     from ml_assets.engine.loading import load_base
     from ml_assets.eval_reports.runner import choose_examples, default_new_tokens, fitting_examples
@@ -91,8 +91,8 @@ def publish_hosted(
     Raises HostedError where the base does not answer, ValueError when the training rows hold too many labels.
     """
     key = hosted_key(inputs)
-    if known := store.recall(KIND, key):
-        return TrainedAdapter(known[0], known[1], reused=True)
+    if known := recall_adapter(store, key):
+        return known
     from ml_assets.eval_reports.runner import default_new_tokens
 
     start = time.perf_counter()

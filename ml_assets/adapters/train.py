@@ -60,8 +60,9 @@ class AdapterInputs:
 
 @dataclass(frozen=True)
 class TrainedAdapter:
-    """A published adapter. `record` holds what may differ between two trainings of it: `seconds`,
-    `tokens_per_second`, `losses`, `validation`, `trained_at`, `resumed_from`."""
+    """A published adapter. `record` holds what may differ between two trainings of it: `seconds` of the
+    process that ended it, `earlier_seconds` of those that it resumed, `tokens_per_second`, `losses`,
+    `validation`, `trained_at`, `resumed_from`."""
 
     ref: ArtifactRef
     record: dict[str, Any]
@@ -75,6 +76,19 @@ def open_inputs(
     base_directory = store.open(base_model)
     manifest = read_json(base_directory / "manifest.json")
     return AdapterInputs(spec, base_directory, manifest, store.open(dataset), dataset.digest)
+
+
+def recall_adapter(store: ArtifactStore, key: str) -> TrainedAdapter | None:
+    """What the inputs with this key gave before; None where there is nothing, or it is damaged."""
+    known = store.recall(KIND, key)
+    if known is None:
+        return None
+    try:
+        store.open(known[0])
+    except ArtifactError as error:
+        _log.warning("made again, because what was published is damaged: %s", error)
+        return None
+    return TrainedAdapter(*known, reused=True)
 
 
 def train_adapter(
@@ -104,12 +118,8 @@ def train_adapter(
 
     started = time.monotonic()
     key = inputs.key
-    if reuse and (known := store.recall(KIND, key)):
-        try:
-            store.open(known[0])
-            return TrainedAdapter(known[0], known[1], reused=True)
-        except ArtifactError as error:
-            _log.warning("trained again, because what was published is damaged: %s", error)
+    if reuse and (known := recall_adapter(store, key)):
+        return known
 
     hardware.prepare_process()
     spec = inputs.spec
@@ -166,7 +176,8 @@ def train_adapter(
     record = {
         "trained_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "seconds": round(time.monotonic() - started if inputs.port else result.seconds, 3),
-        "tokens_per_second": round(result.tokens / max(result.seconds, 1e-9), 1),
+        "earlier_seconds": round(result.earlier_seconds, 3),
+        "tokens_per_second": round(result.tokens / max(result.seconds + result.earlier_seconds, 1e-9), 1),
         "resumed_from": result.resumed_from,
         "losses": [round(loss, 5) for loss in result.losses],
         "validation": [[step, round(loss, 5)] for step, loss in result.validation],

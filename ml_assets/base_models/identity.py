@@ -32,6 +32,23 @@ GENERATION_CONFIG = "generation_config.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 TOKENIZER_JSON = ("tokenizer.json", "special_tokens_map.json", "added_tokens.json", "vocab.json")
 TOKENIZER_RAW = ("merges.txt", "vocab.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
+PADDING = frozenset(
+    {
+        "padding",
+        "padding_side",
+        "pad_to_multiple_of",
+        "pad_token",
+        "pad_token_id",
+        "pad_token_type_id",
+        "truncation",
+        "truncation_side",
+        "truncation_strategy",
+        "max_length",
+        "model_max_length",
+        "stride",
+    }
+)
+"""Settings of a tokenizer that fill up and cut sequences, which Evergreen does itself."""
 CHAT_TEMPLATE = "chat_template.jinja"
 WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
@@ -84,6 +101,16 @@ def identity_parts(directory: Path) -> dict[str, str]:
         "chat_template": sha256_bytes((template or "").encode()),
         "weights": _weights(directory),
     }
+
+
+def reading(directory: Path) -> dict[str, Any]:
+    """All of a tokenizer that decides which tokens a text is: where it is the same for two models, the same
+    text is the same tokens. A tokenizer keeps how it was last called when it is saved; that is no part."""
+    parts = _tokenizer(model_files(directory))
+    for name in ("tokenizer.json", "special_tokens_map.json", TOKENIZER_CONFIG):
+        if name in parts:
+            parts[name] = {key: value for key, value in parts[name].items() if key not in PADDING}
+    return parts
 
 
 def model_files(directory: Path) -> dict[str, Path]:

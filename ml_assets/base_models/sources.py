@@ -42,6 +42,10 @@ class SourceUnavailable(BaseModelError):
     """A source that cannot be reached now; trying again later may help."""
 
 
+class SourceChanging(SourceUnavailable):
+    """A source that was written to while it was read: what was read may be part old and part new."""
+
+
 @dataclass(frozen=True)
 class HubAccess:
     """How to reach the hub, and where the keys of hosted models are: `secret` gives an environment variable.
@@ -114,7 +118,7 @@ def stamp(source: BaseSource, root: Path, settings: Settings, hub: HubAccess | N
 
 def current_identity(source: BaseSource, root: Path, settings: Settings, hub: HubAccess | None = None) -> str:
     """The content hash of a source as it is now. It is read in full only when its stamp is new; of a hosted
-    model, its provider's list of models is asked."""
+    model, its provider's list of models is asked. Raises SourceChanging when it is being written."""
     if isinstance(source, HostedBase):
         from ml_assets.base_models import hosted
 
@@ -125,9 +129,14 @@ def current_identity(source: BaseSource, root: Path, settings: Settings, hub: Hu
     known = identity.recall_identity(memo, key) if key else None
     if known is not None:
         return known
-    found = identity.identify(fetch(source, root, settings, hub).path)
+    path = fetch(source, root, settings, hub).path
+    found = identity.identify(path)
     after = stamp(source, root, settings, hub)
-    if after is not None and key in (None, after):  # else it was written to while it was read
+    if key not in (None, after):
+        raise SourceChanging(
+            f"{path}: is being written: it changed while it was read, and is read again later"
+        )
+    if after is not None:
         identity.remember_identity(memo, after, found)
     return found
 

@@ -10,7 +10,7 @@ output as the old one did (subspace maps and layers matched by centered kernel a
 A start can be worse than none: `ml_assets.adapters.ladder` measures each before it is used.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -152,6 +152,11 @@ def _mapped(
     grams: dict[str, Tensor] = {}
     names = [name for role in common for name, _ in roles[role].values()]
     _watch(base, names, texts, lambda name, x, _: grams.__setitem__(name, _gram(x)))
+    # texts need not pass through every module of either base
+    roles, old_roles = _among(roles, grams), _among(old_roles, old.grams)
+    common = [role for role in common if role in roles and role in old_roles]
+    if not common:
+        raise NoStart("the texts pass through no modules that both bases have")
 
     def alike(new: str, before: str) -> float:
         k, m = grams[new], old.grams[before].to(grams[new].device)
@@ -175,7 +180,8 @@ def _mapped(
             b = b + old.rest_b[before].to(x.device)
         weights[name] = a.contiguous(), b.contiguous()
 
-    _watch(base, names, texts, map_module)
+    # the old layer that a layer resembles may lack one of its modules: that one stays without effect
+    _watch(base, list(match), texts, map_module)
     return _with(fresh, weights)
 
 
@@ -193,6 +199,14 @@ def _by_role(shapes: dict[str, Any]) -> dict[str, dict[int, tuple[str, Any]]]:
         role, layer = place(name)
         found.setdefault(role, {})[layer] = name, shape
     return found
+
+
+def _among(
+    roles: dict[str, dict[int, tuple[str, Any]]], names: Container[str]
+) -> dict[str, dict[int, tuple[str, Any]]]:
+    """Roles with those of their modules that are among the names, if any."""
+    kept = {role: {at: one for at, one in by.items() if one[0] in names} for role, by in roles.items()}
+    return {role: members for role, members in kept.items() if members}
 
 
 def _one(members: dict[int, tuple[str, Any]]) -> Any:

@@ -101,9 +101,10 @@ class Stopping:
 
 @dataclass(frozen=True)
 class TrainResult:
-    """`losses` holds one mean loss a step; `seconds` those of this process alone, `tokens` of the whole
-    training. With `Stopping`, `validation` holds (step, mean loss in nats per answer), and the weights are
-    those of `best_step`; `steps` are those that were taken."""
+    """`losses` holds one mean loss a step; `seconds` those of this process alone, `earlier_seconds` those of
+    the processes that it resumes, up to their checkpoint; `tokens` are of the whole training. With
+    `Stopping`, `validation` holds (step, mean loss in nats per answer), and the weights are those of
+    `best_step`; `steps` are those that were taken."""
 
     steps: int
     tokens: int
@@ -112,6 +113,7 @@ class TrainResult:
     resumed_from: int
     validation: list[tuple[int, float]] = field(default_factory=list)
     best_step: int | None = None
+    earlier_seconds: float = 0.0
 
 
 class BadExample(ValueError):
@@ -154,7 +156,8 @@ def train_lora(
         IncompatibleAdapter: the adapter to start from has another shape.
     """
     held_out = stopping.examples if stopping else ()
-    _check_examples([*examples, *held_out], recipe.max_length or base.context_length)
+    longest = min(recipe.max_length or base.context_length, base.context_length)
+    _check_examples([*examples, *held_out], longest)
     with lora_for_training(base, recipe, targets) as adapter:
         if start is not None:
             _copy_weights(base, start, adapter)
@@ -281,7 +284,7 @@ def _run(
     optimizer = torch.optim.AdamW(
         [weights.master], lr=recipe.learning_rate, weight_decay=recipe.weight_decay, fused=True
     )
-    first, tokens, losses = 0, 0, list[float]()
+    first, tokens, losses, earlier = 0, 0, list[float](), 0.0
     saved = load_checkpoint(checkpoints) if checkpoints else None
     if saved is not None and saved.state["training"] == identity:
         weights.load(saved.tensors["weights"])
@@ -293,6 +296,7 @@ def _run(
             }
         torch.set_rng_state(saved.tensors["rng"])
         first, tokens, losses = saved.step, saved.state["tokens"], saved.state["losses"]
+        earlier = saved.state.get("seconds", 0.0)
         if judge:
             judge.load(saved.state["judged"], saved.tensors["best"])
     start = last_save = time.monotonic()
@@ -349,7 +353,12 @@ def _run(
                     "rng": torch.get_rng_state(),
                     **({"best": judge.best} if judge else {}),
                 },
-                {"training": identity, "tokens": tokens, "losses": losses}
+                {
+                    "training": identity,
+                    "tokens": tokens,
+                    "losses": losses,
+                    "seconds": earlier + time.monotonic() - start,
+                }
                 | ({"judged": judge.seen} if judge else {}),
             )
             last_save = time.monotonic()
@@ -357,8 +366,8 @@ def _run(
     if judge:
         weights.load(judge.best)
         seen = [(step, loss) for step, loss in judge.seen]
-        return TrainResult(len(losses), tokens, losses, seconds, first, seen, judge.best_step)
-    return TrainResult(len(plan), tokens, losses, seconds, first)
+        return TrainResult(len(losses), tokens, losses, seconds, first, seen, judge.best_step, earlier)
+    return TrainResult(len(plan), tokens, losses, seconds, first, earlier_seconds=earlier)
 
 
 class _Judge:
@@ -408,7 +417,7 @@ class _Crew:
         self._threads = torch.get_num_threads()
         self.workers = 1
         # dropout draws from one generator
-        alone = base.dropout > 0 or (prompts is not None and not prompts.kept)
+        alone = base.random or (prompts is not None and not prompts.kept)
         if base.device.type == "cpu" and base.packs and not alone:
             self.workers = max(1, min(self._threads, MAX_WORKERS, recipe.batch_tokens // WORKER_TOKENS))
         self._names = [ADAPTER, *(f"{ADAPTER} of worker {i}" for i in range(1, self.workers))]

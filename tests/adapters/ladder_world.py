@@ -66,7 +66,8 @@ class World:
 
     def base(self, name: str) -> ArtifactRef:
         """`old`; `minor`: a little noise on its weights; `shallow`: a layer removed; `wide`: other sizes;
-        `foreign`: another architecture and tokenizer; `unlike`: same shapes, other weights."""
+        `foreign`: another architecture and tokenizer; `unlike`: same shapes, other weights; `padded`:
+        `minor`, with a tokenizer that was saved after it had padded and cut texts."""
         with self.store.staging("base_model") as directory:
             model = self._model(name, directory)
             identity = sha256_bytes(f"tiny {name}".encode())
@@ -78,7 +79,7 @@ class World:
                 "context_length": 512,
                 "chat_template": "model",
                 "chat_template_sha256": "c" * 64,
-                "tokenizer_sha256": ("f" if name == "foreign" else "t") * 64,
+                "tokenizer_sha256": {"foreign": "f", "padded": "p"}.get(name, "t") * 64,
                 "weights_sha256": sha256_bytes(name.encode()),
                 "lora_targets": lora_targets(model),
                 "eos_token_ids": [],
@@ -89,7 +90,7 @@ class World:
     @staticmethod
     def _model(name: str, directory: Path) -> Any:
         import torch
-        from transformers import AutoModelForCausalLM
+        from transformers import AutoModelForCausalLM, AutoTokenizer
 
         shape: dict[str, Any] = {"wide": {"hidden": 96, "layers": 4}, "foreign": {"vocabulary": 300}}.get(
             name, {}
@@ -98,12 +99,18 @@ class World:
         seed = 1 if name in ("wide", "unlike", "foreign") else 0
         tiny_model("gpt2" if name == "foreign" else "llama", directory, seed=seed, **shape)
         model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16)
-        if name == "minor":
+        if name in ("minor", "padded"):
             generator = torch.Generator().manual_seed(5)
             for weight in model.parameters():
                 noise = torch.randn(weight.shape, generator=generator).to(weight)
                 weight.data += 0.01 * weight.std() * noise
             model.save_pretrained(directory)
+        if name == "padded":
+            tokenizer = AutoTokenizer.from_pretrained(directory)
+            tokenizer(["a", "a b"], padding=True, truncation=True, max_length=2)
+            tokenizer.padding_side, tokenizer.pad_token = "left", "<|im_start|>"
+            tokenizer.model_max_length = 64
+            tokenizer.save_pretrained(directory)
         if name == "shallow":
             del model.model.layers[1]
             model.config.num_hidden_layers = 2

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from ladder_world import World, specification
 
 from ml_assets.adapters import ladder as ladder_module
 from ml_assets.adapters.ladder import Climbed, NotCarried, known_climb, trained_before
-from ml_assets.adapters.port import Port
+from ml_assets.adapters.port import Port, same_tokenizer
 from ml_assets.adapters.reproduce import compare, reproduce_inputs
 from ml_assets.adapters.rungs import Climb, RungResult
 from ml_assets.adapters.train import open_inputs, train_adapter
@@ -198,6 +199,15 @@ def test_tune_and_distil_reproduce(world: World, monkeypatch: pytest.MonkeyPatch
         assert again.ref == ref, "the manifest as well"
 
 
+def test_a_tokenizer_that_pads_in_another_way_is_no_other_one(world: World) -> None:
+    climbed = world.climb("padded", specification(["copy"]))
+    [copied] = climbed.climb.rungs
+    assert copied.verdict == "promote" and copied.start in ("copy", "rescaled copy")
+    folders = {name: world.store.open(world.base(name)) for name in ("old", "padded", "foreign")}
+    assert same_tokenizer(folders["padded"], folders["old"])
+    assert not same_tokenizer(folders["padded"], folders["foreign"]), "other tokens"
+
+
 def test_a_teacher_with_other_tokens_teaches_by_its_answers(world: World) -> None:
     spec = specification()
     inputs = open_inputs(spec, world.store, world.base("foreign"), world.dataset)
@@ -254,6 +264,39 @@ def test_a_climb_survives_its_journey_through_json() -> None:
     assert climb.saved == 0.75 and "run_id" not in climb.table()
 
 
+# -- what was lost -------------------------------------------------------------------------------------
+
+
+def damage(world: World, kind: str, digest: str | None) -> None:
+    assert digest is not None
+    folder = world.store.open(ArtifactRef(kind, digest))
+    next(path for path in sorted(folder.iterdir()) if path.suffix == ".json").write_text("{}")
+
+
+def test_damaged_adapters_and_reports_of_a_climb_are_made_again(world: World) -> None:
+    spec = specification(["bare", "copy"])
+    climbed = world.climb("minor", spec)
+    bare, copied = climbed.climb.rungs
+    assert bare.verdict == "not shown" and copied.verdict == "promote"
+    damage(world, "adapter", bare.adapter_digest)
+    damage(world, "adapter", copied.adapter_digest)
+    damage(world, "eval_report", copied.report_digest)
+    again = world.climb("minor", spec)
+    assert again.climb == climbed.climb, "with the costs of the first time"
+    assert again.adapter.ref == climbed.adapter.ref
+    for result in (bare, copied):
+        assert manifest_of(world, result.adapter_digest)
+    assert copied.report_digest and world.store.open(ArtifactRef("eval_report", copied.report_digest))
+
+
+def test_a_deleted_adapter_that_was_shown_at_last_is_made_again(world: World) -> None:
+    spec = specification(["bare"])
+    climbed = world.climb("unlike", spec)
+    world.store.delete(climbed.adapter.ref)
+    again = world.climb("unlike", spec)
+    assert again.climb == climbed.climb and again.adapter.ref == climbed.adapter.ref
+
+
 # -- kills ---------------------------------------------------------------------------------------------
 
 PROGRAM = Path(__file__).with_name("ladder_world.py")
@@ -281,6 +324,79 @@ def run_until(home: Path, base: str, stop: str | None) -> tuple[list[str], dict[
     finally:
         process.kill()
     return lines, json.loads(lines[-1]) if stop is None else None
+
+
+class Killed(Exception):
+    pass
+
+
+def killed(*_: Any, **__: Any) -> None:
+    raise Killed
+
+
+def test_what_a_killed_climb_had_spent_on_a_training_counts(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed within the full training, and again in the evaluation after it."""
+    spec = specification(["full"], {"steps": 6})
+    world.champion(spec)
+    pause = 0.3
+
+    def slow_then_killed(progress: Any) -> None:
+        if progress.step == 1:
+            time.sleep(pause)
+        if progress.step == 4:
+            raise Killed
+
+    with pytest.raises(Killed):
+        world.climb("unlike", spec, on_progress=slow_then_killed, checkpoint_seconds=0.0)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(ladder_module, "build_report", killed)
+        world.climb("unlike", spec, checkpoint_seconds=0.0)
+    climbed = world.climb("unlike", spec)
+    [full] = climbed.climb.rungs
+    record = climbed.adapter.record
+    assert record["resumed_from"] == 3 and record["earlier_seconds"] > pause
+    assert full.training_seconds == pytest.approx(record["seconds"] + record["earlier_seconds"])
+    assert climbed.climb.full_from == "measured" and climbed.climb.saved == pytest.approx(0.0)
+
+
+def test_a_resumed_training_counts_what_came_before(world: World) -> None:
+    spec = specification(["full"], {"steps": 6})
+    world.champion(spec)
+    pause = 0.3
+
+    def slow_then_killed(progress: Any) -> None:
+        if progress.step == 1:
+            time.sleep(pause)
+        if progress.step == 4:
+            raise Killed
+
+    with pytest.raises(Killed):
+        world.climb("wide", spec, on_progress=slow_then_killed, checkpoint_seconds=0.0)
+    climbed = world.climb("wide", spec)
+    [full] = climbed.climb.rungs
+    assert full.training_seconds > climbed.adapter.record["seconds"] + pause
+    assert climbed.climb.seconds > climbed.seconds, "the budget has what this process took"
+
+
+def test_a_training_from_before_the_climb_costs_nothing(world: World) -> None:
+    spec = specification(["full"], {"steps": 6})
+    inputs = open_inputs(spec, world.store, world.base("shallow"), world.dataset)
+    before = train_adapter(inputs, world.store, world.home)
+    world.store.remember("adapter", inputs.key, before.ref, before.record | {"trained_at": "2020-01-01T00"})
+    [full] = world.climb("shallow", spec).climb.rungs
+    assert full.adapter_digest == before.ref.digest and full.training_seconds == 0.0
+
+
+def test_measuring_is_paid_for_by_a_rung_where_a_copy_is_impossible(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ladder_module, "OVERHEAD", 1e6)
+    climbed = world.climb("foreign", specification(["bare", "copy", "tune"]))
+    assert rung(climbed, "tune").verdict != "skipped", "for which the start was measured"
+    copied = rung(climbed, "copy")
+    assert copied.verdict == "skipped" and copied.training_seconds > 0
 
 
 @pytest.mark.slow

@@ -44,6 +44,15 @@ def test_made_once_and_told_apart(evergreen_home: Path, store: ArtifactStore) ->
         plan_update(inputs, store, shown.ref, 0.1, 0.5)
 
 
+def test_a_damaged_one_is_made_again(evergreen_home: Path, store: ArtifactStore) -> None:
+    inputs = small_inputs(store)
+    first = publish_prompted(inputs, store, evergreen_home, "zero_shot")
+    (store.open(first.ref) / "manifest.json").write_text("{}")
+    again = publish_prompted(inputs, store, evergreen_home, "zero_shot")
+    assert not again.reused and again.ref == first.ref
+    store.open(again.ref)
+
+
 def test_attached_it_changes_nothing_but_the_prompt(evergreen_home: Path, store: ArtifactStore) -> None:
     inputs = small_inputs(store)
     ref = publish_prompted(inputs, store, evergreen_home, "few_shot").ref

@@ -16,6 +16,7 @@ from ml_assets.base_models.identity import (
     chat_template,
     identify,
     identity_parts,
+    reading,
     recall_identity,
     remember_identity,
     revision_key,
@@ -49,6 +50,35 @@ def edit(path: Path, **changes: object) -> None:
 def test_a_copy_under_another_name_is_the_same(original: Path, copy: Path):
     assert identify(original) == identify(copy)
     assert len(identify(copy)) == 64
+
+
+def test_a_tokenizer_that_pads_and_cuts_reads_the_same(original: Path, copy: Path):
+    """As a tokenizer saves itself after it was called: another revision, but no other tokens."""
+    edit(copy / "tokenizer.json", padding={"strategy": "BatchLongest"}, truncation={"max_length": 16})
+    edit(copy / "tokenizer_config.json", pad_token="<|im_start|>", padding_side="left", model_max_length=99)
+    edit(copy / "tokenizer_config.json", max_length=16, stride=0, truncation_strategy="longest_first")
+    assert identity_parts(copy)["tokenizer"] != identity_parts(original)["tokenizer"]
+    assert reading(copy) == reading(original)
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("tokenizer.json", {"added_tokens": []}),
+        ("tokenizer.json", {"normalizer": {"type": "Lowercase"}}),
+        ("tokenizer_config.json", {"add_bos_token": True}),
+        ("tokenizer_config.json", {"eos_token": "<|endoftext|>"}),
+        ("added_tokens.json", {"stride": 400}),
+    ],
+)
+def test_what_decides_about_tokens_is_told_apart(
+    original: Path, copy: Path, name: str, change: dict[str, object]
+):
+    if not (copy / name).exists():
+        (copy / name).write_text("{}")
+    before = reading(copy)
+    edit(copy / name, **change)
+    assert reading(copy) != before
 
 
 def test_what_does_not_belong_to_the_model_does_not_count(original: Path, copy: Path):

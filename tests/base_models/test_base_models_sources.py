@@ -19,7 +19,7 @@ from ml_assets.artifacts import sha256_file
 from ml_assets.base_models import identity, sources
 from ml_assets.base_models.identity import BaseModelError, identify
 from ml_assets.base_models.register import current_revision, register_revisions
-from ml_assets.base_models.sources import HubAccess, SourceUnavailable, fetch
+from ml_assets.base_models.sources import HubAccess, SourceChanging, SourceUnavailable, fetch
 from ml_assets.settings import Settings
 from ml_assets.spec import BaseFamily, BaseSource, DirectoryBase, GgufBase, HubBase, WheelBase
 
@@ -378,6 +378,24 @@ def test_content_is_read_again_only_after_a_write(
     (copy / "chat_template.jinja").write_text("another")
     second = current_revision(family, tmp_path, settings)
     assert second != first and len(read) == 2
+
+
+def test_a_directory_that_is_being_written_is_no_revision(
+    model: Path, tmp_path: Path, settings: Settings, monkeypatch: pytest.MonkeyPatch
+):
+    copy = Path(shutil.copytree(model, tmp_path / "copy"))
+    family = BaseFamily(name="tiny", source=DirectoryBase(kind="directory", path="copy"))
+
+    def meanwhile(path: Path) -> str:
+        found = identify(path)
+        (copy / "chat_template.jinja").write_text("another")
+        return found
+
+    monkeypatch.setattr(identity, "identify", meanwhile)
+    with pytest.raises(SourceChanging, match=r"copy: is being written"):
+        current_revision(family, tmp_path, settings)
+    monkeypatch.undo()
+    assert current_revision(family, tmp_path, settings) == f"tiny@{identify(copy)[:12]}"
 
 
 def test_register_hands_over_all_or_nothing(model: Path, gguf: Path, tmp_path: Path, settings: Settings):

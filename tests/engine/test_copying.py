@@ -1,5 +1,6 @@
 """An adapter as a start on another base: the same where it fits, mapped where shapes differ."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from test_training import examples, targets
 from tiny_models import ARCHITECTURES
 
 from ml_assets.engine.copying import NoStart, OldModules, fits, monotone, read_old, starts
-from ml_assets.engine.loading import Base
+from ml_assets.engine.loading import Base, load_base
 from ml_assets.engine.lora import Adapter, new_adapter, place
 from ml_assets.engine.packing import body
 
@@ -96,8 +97,6 @@ def test_a_mapped_adapter_does_what_the_old_one_did(tmp_path: Path) -> None:
 def test_other_sizes_and_layers_are_mapped(tmp_path: Path) -> None:
     from tiny_models import tiny_model
 
-    from ml_assets.engine.loading import load_base
-
     base = tiny_base("llama", tmp_path / "base")
     tiny_model("llama", tmp_path / "wide", seed=2, hidden=96, layers=5)
     (tmp_path / "wide/manifest.json").write_bytes((tmp_path / "base/manifest.json").read_bytes())
@@ -121,6 +120,62 @@ def test_other_sizes_and_layers_are_mapped(tmp_path: Path) -> None:
     assert float(start.weights[name][1].norm()) > 0
     with pytest.raises(NoStart, match="no tokens that both bases read"):
         starts(wide, targets(wide), adapter, read_old(base, adapter, []), [])
+
+
+def hybrid(directory: Path, hidden: int, kinds: str) -> Base:
+    """A base with layers of two kinds: `a` attention, `c` convolution."""
+    from transformers import Lfm2Config, Lfm2ForCausalLM
+
+    base = tiny_base("llama", directory)  # its tokenizer
+    torch.manual_seed(0)
+    layers = ["full_attention" if kind == "a" else "conv" for kind in kinds]
+    config = Lfm2Config(
+        vocab_size=base.model.config.vocab_size,
+        hidden_size=hidden,
+        intermediate_size=2 * hidden,
+        block_auto_adjust_ff_dim=False,
+        num_hidden_layers=len(layers),
+        layer_types=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        bos_token_id=0,
+        eos_token_id=2,
+        pad_token_id=0,
+    )
+    Lfm2ForCausalLM(config).save_pretrained(directory)
+    manifest = json.loads((directory / "manifest.json").read_text())
+    manifest["lora_targets"] = {"all-linear": ["q_proj", "v_proj", "in_proj", "w1"]}
+    (directory / "manifest.json").write_text(json.dumps(manifest))
+    return load_base(directory, torch.float32)
+
+
+def test_layers_of_different_kinds_are_mapped_as_far_as_they_match(tmp_path: Path) -> None:
+    base, wide = hybrid(tmp_path / "base", 32, "aac"), hybrid(tmp_path / "wide", 48, "acac")
+    adapter, texts = adapter_on(base), texts_of(base)
+    mapped = starts(wide, targets(wide), adapter, read_old(base, adapter, texts), texts)["mapped"]
+    effects = {name: float(b.norm()) for name, (_, b) in mapped.weights.items()}
+    assert all(bool(torch.isfinite(t).all()) for pair in mapped.weights.values() for t in pair)
+    assert all(effect > 0 for name, effect in effects.items() if name.endswith("w1")), "in every layer"
+    unmatched = [name for name, effect in effects.items() if effect == 0]
+    assert unmatched, "the second kind of layer comes before the first again, which it did not before"
+    assert all(name.endswith(("q_proj", "v_proj", "in_proj")) for name in unmatched)
+    assert float(change(wide, mapped, texts).norm()) > 0
+
+
+def test_modules_that_no_text_passes_through_are_left_as_they_are(tmp_path: Path) -> None:
+    """As experts that are not chosen, in either base."""
+    base, wide = hybrid(tmp_path / "base", 32, "ac"), hybrid(tmp_path / "wide", 48, "ac")
+    attention, convolution = base.model.model.layers[0].self_attn, wide.model.model.layers[1].conv
+    attention.forward = lambda hidden_states, **_: (torch.zeros_like(hidden_states), None)
+    convolution.forward = lambda hidden_states, **_: torch.zeros_like(hidden_states)
+    adapter, texts = adapter_on(base), texts_of(base)
+    old = read_old(base, adapter, texts)
+    mapped = starts(wide, targets(wide), adapter, old, texts)["mapped"]
+    effective = {name for name, (_, b) in mapped.weights.items() if float(b.norm()) > 0}
+    assert effective == {"model.layers.0.feed_forward.w1", "model.layers.1.feed_forward.w1"}
+    old.grams.clear()
+    with pytest.raises(NoStart, match="the texts pass through no modules that both bases have"):
+        starts(wide, targets(wide), adapter, old, texts)
 
 
 def test_modules_of_other_names_are_no_start(tmp_path: Path) -> None:

@@ -65,6 +65,7 @@ def with_lora(base: Base, **changes) -> Iterator[dict[str, torch.Tensor]]:
             lambda module: setattr(module, "p", 0) if isinstance(module, torch.nn.Dropout) else None
         )
         base.model.config.attention_dropout = 0.0
+        base.draws = False
         yield adapter.named_tensors()
 
 
@@ -330,6 +331,7 @@ def test_resume_at_every_step_gives_the_same_bytes(dtype: torch.dtype, kind: str
         )
         assert resumed.resumed_from == stop
         assert resumed.losses == whole.losses
+        assert resumed.earlier_seconds > 0 and whole.earlier_seconds == 0
         assert sha256_file(out / "adapter_model.safetensors") == sha256_file(
             tmp_path / "whole" / "adapter_model.safetensors"
         )
@@ -396,6 +398,13 @@ def test_an_adapter_of_another_base_or_with_bad_weights_is_refused(tmp_path: Pat
         with pytest.raises(IncompatibleAdapter, match=message):
             base.attach("x", out)
         assert not base.adapters and not base.lora.adapters
+
+
+def test_no_example_is_longer_than_the_base_can_read(tmp_path: Path) -> None:
+    base = tiny_base("gpt2", tmp_path / "base")
+    long = Example([5] * base.context_length, [6], "q")
+    with pytest.raises(BadExample, match="exceed 512 tokens"):
+        train_lora(base, [long], recipe(max_length=2000), targets(base), tmp_path / "a")
 
 
 def test_bad_examples_name_the_row(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import dagster as dg
 import pytest
 from tiny_models import tiny_model
 
+from ml_assets.base_models import identity
 from ml_assets.base_models.identity import BaseModelError, identify, revision_key
 from ml_assets.base_models.partitions import BASE_MODELS
 from ml_assets.spec import BaseFamily, DirectoryBase
@@ -76,6 +77,24 @@ def test_a_broken_source_does_not_hold_up_the_others(tmp_path: Path, instance: d
     assert [key.partition("@")[0] for key in added] == ["good"]
     with pytest.raises(BaseModelError, match=r"bad: .*no such directory"):
         tick(sensor, instance)
+
+
+def test_a_source_that_is_being_written_is_looked_at_again(
+    tmp_path: Path, instance: dg.DagsterInstance, monkeypatch: pytest.MonkeyPatch
+):
+    one = tiny_model("llama", tmp_path / "one")
+    sensor = build_base_updates_sensor([family("one")], tmp_path)
+    with monkeypatch.context() as patch:
+
+        def meanwhile(path: Path) -> str:
+            found = identify(path)
+            (one / "chat_template.jinja").write_text("{{ messages }}")
+            return found
+
+        patch.setattr(identity, "identify", meanwhile)
+        added, why = tick(sensor, instance)
+    assert added == [] and why is not None and "is being written" in why
+    assert tick(sensor, instance)[0] == [revision_key("one", identify(one))]
 
 
 def test_a_slow_source_goes_on_between_ticks(
