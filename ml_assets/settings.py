@@ -126,15 +126,18 @@ class Settings:
 
     @property
     def dagster_url(self) -> str:
-        return f"http://{self.host}:{self.dagster_port}"
+        return self._url(self.dagster_port)
 
     @property
     def mlflow_url(self) -> str:
-        return f"http://{self.host}:{self.mlflow_port}"
+        return self._url(self.mlflow_port)
 
     @property
     def gateway_url(self) -> str:
-        return f"http://{self.host}:{self.gateway_port}"
+        return self._url(self.gateway_port)
+
+    def _url(self, port: int) -> str:
+        return f"http://[{self.host}]:{port}" if ":" in self.host else f"http://{self.host}:{port}"
 
 
 def _limit(variable: str, default: int) -> int:

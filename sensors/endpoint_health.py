@@ -16,7 +16,7 @@ from ml_assets.decisions.records import Alert
 from ml_assets.decisions.tags import ACTION_TAG
 from ml_assets.endpoints.gateway.client import GatewayClient, GatewayError
 from ml_assets.endpoints.ledger import Release, now
-from ml_assets.endpoints.release import read_fingerprint
+from ml_assets.endpoints.release import read_fingerprint, why_away
 from ml_assets.settings import Settings
 from ml_assets.spec import CustomizationSpec
 from resources.artifact_store import ArtifactStoreResource
@@ -46,7 +46,7 @@ def build_endpoint_health_sensor(
         minimum_interval_seconds=30,
         default_status=dg.DefaultSensorStatus.RUNNING,
         description="Compares what the gateway serves with the ledger, and asks a few adapters at each tick "
-        "for their fingerprints. An endpoint that is missing or answered by another version is materialized, "
+        "for their fingerprints. An endpoint that is missing, or not served as released, is materialized, "
         "which serves it again; a gateway that is silent or answers wrongly is started again.",
     )
     def endpoint_health(
@@ -104,15 +104,14 @@ def build_endpoint_health_sensor(
 
 def find_away(health: Mapping[str, Any], serving: Mapping[str, Release]) -> dict[str, str]:
     """{customization: what is wrong} of those that the gateway does not serve as the ledger says."""
-    away = {}
+    found = {}
     for name, release in serving.items():
         served = health["served"].get(name)
         if served is None:
-            away[name] = f"not served ({health['unserved'].get(name, 'the gateway lost it')})"
-        elif served["adapter_digest"] != release.adapter_digest:
-            other, wanted = served["adapter_digest"][:12], release.adapter_digest[:12]
-            away[name] = f"answered by adapter {other}, the ledger says {wanted}"
-    return away
+            found[name] = f"not served ({health['unserved'].get(name, 'the gateway lost it')})"
+        elif reason := why_away(served, release):
+            found[name] = reason
+    return found
 
 
 def in_turn(names: Iterable[str], last: str) -> list[str]:

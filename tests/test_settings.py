@@ -1,5 +1,6 @@
 """Settings come from the environment, and a wrong one is told by its name."""
 
+import httpx
 import pytest
 
 from ml_assets.settings import Settings
@@ -30,3 +31,11 @@ def test_a_wrong_engine_is_told(monkeypatch: pytest.MonkeyPatch, values: dict[st
         monkeypatch.setenv(name, value)
     with pytest.raises(ValueError, match=says):
         Settings.from_env()
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1", "localhost"])
+def test_a_url_is_one_whatever_the_address(monkeypatch: pytest.MonkeyPatch, host: str) -> None:
+    monkeypatch.setenv("EVERGREEN_HOST", host)
+    settings = Settings.from_env()
+    urls = [httpx.URL(url) for url in (settings.dagster_url, settings.mlflow_url, settings.gateway_url)]
+    assert [(url.host, url.port) for url in urls] == [(host, 3000), (host, 5000), (host, 8000)]

@@ -13,21 +13,25 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
 import psutil
-from dagster import DagsterRun, DagsterRunStatus
+from dagster import DagsterEventType, DagsterInstance, DagsterRun, DagsterRunStatus
 from dagster._core.events import RunFailureReason
 from dagster._core.execution.retries import auto_reexecution_should_retry_run
 from dagster._core.launcher.base import CheckRunHealthResult, LaunchRunContext, RunLauncher, WorkerStatus
 from dagster._core.origin import DEFAULT_DAGSTER_ENTRY_POINT, get_python_environment_entry_point
-from dagster._core.storage.tags import RETRY_STRATEGY_TAG, WILL_RETRY_TAG
+from dagster._core.storage.tags import PARTITION_NAME_TAG, RETRY_STRATEGY_TAG, WILL_RETRY_TAG
 from dagster._grpc.types import ExecuteRunArgs
 from dagster._serdes import ConfigurableClass
 from dagster._serdes.config_class import ConfigurableClassData
 
+from ml_assets.decisions.book import DecisionBook
+from ml_assets.decisions.records import CostKind
+from ml_assets.decisions.tags import run_cost
 from ml_assets.endpoints.ledger import Ledger
 from ml_assets.settings import Settings
 
@@ -36,6 +40,13 @@ BOOT_ID = "evergreen/boot_id"
 PROCESS_STARTED = "evergreen/process_started"
 LOG_VARIABLE = "EVERGREEN_LOG"
 GRACE_SECONDS = 30.0
+COSTS: dict[str, Sequence[CostKind]] = {
+    "adapter": ("training", "incremental", "port"),
+    "eval_report": ("evaluation",),
+}
+"""What the computing of an asset may be recorded as; the first where nothing says more."""
+STARTS = (DagsterEventType.STEP_START, DagsterEventType.STEP_RESTARTED)
+ENDS = (DagsterEventType.STEP_SUCCESS, DagsterEventType.STEP_FAILURE, DagsterEventType.STEP_UP_FOR_RETRY)
 
 logger = logging.getLogger(__name__)
 
@@ -140,6 +151,7 @@ class WorkerProcessLauncher(RunLauncher, ConfigurableClass):
             return False
         self._instance.report_run_canceling(run)
         if PID not in run.tags or not is_alive(run.tags):
+            record_lost_costs(self._instance, run)
             self._instance.report_run_canceled(run, message="The process of the run is gone.")
             return True
         kill_group(run.tags, signal.SIGTERM)
@@ -173,6 +185,7 @@ class WorkerProcessLauncher(RunLauncher, ConfigurableClass):
         if current is None or current.status != DagsterRunStatus.STARTED:
             return CheckRunHealthResult(WorkerStatus.SUCCESS)  # it ended while we looked
         fence(run.run_id, "its process died")
+        record_lost_costs(self._instance, run)
         self._say_whether_it_is_retried(current)
         return CheckRunHealthResult(WorkerStatus.FAILED, msg=describe(run))
 
@@ -191,3 +204,43 @@ def fence(run_id: str, reason: str) -> None:
         ledger.fence(run_id, reason)
     finally:
         ledger.close()
+
+
+def record_lost_costs(instance: DagsterInstance, run: DagsterRun) -> None:
+    """What a run whose process was killed had spent, up to the last word of the step that it was in: it
+    could not write that down itself. Never raises: the run has failed in any case."""
+    try:
+        partition, settings = run.tags.get(PARTITION_NAME_TAG), Settings.from_env()
+        for step, seconds in _unfinished(instance, run.run_id).items():
+            customization, _, asset = step.rpartition("__")
+            kinds = COSTS.get(asset)
+            if kinds is None or partition is None or seconds <= 0:
+                continue
+            ops: Any = run.run_config.get("ops", {})
+            mode = ops.get(step, {}).get("config", {}).get("mode")
+            kind = mode if mode in kinds else kinds[0]
+            with contextlib.closing(Ledger(settings.ledger_url)) as ledger:
+                book = DecisionBook(ledger)
+                known = {(cost.run_id, cost.partition, cost.kind) for cost in book.costs(customization)}
+                if any((run.run_id, partition, one) in known for one in kinds):
+                    continue  # it died after it had computed
+                cost = run_cost(run, customization, kind, partition)
+                money = seconds * settings.device_second_price
+                book.record_cost(replace(cost, device_seconds=seconds, money=money))
+    except Exception:
+        logger.exception("what run %s had spent is not known", run.run_id)
+
+
+def _unfinished(instance: DagsterInstance, run_id: str) -> dict[str, float]:
+    """{step: seconds from its start to its last event} of the steps that have not ended."""
+    started: dict[str, float] = {}
+    last: dict[str, float] = {}
+    for event in instance.all_logs(run_id):
+        if event.step_key is None:
+            continue
+        last[event.step_key] = event.timestamp
+        if event.dagster_event_type in STARTS:
+            started[event.step_key] = event.timestamp
+        elif event.dagster_event_type in ENDS:
+            started.pop(event.step_key, None)
+    return {step: last[step] - at for step, at in started.items()}

@@ -13,7 +13,7 @@ from dagster._core.errors import DagsterRunNotFoundError
 from dagster._core.execution.backfill import BULK_ACTION_TERMINAL_STATUSES
 from dagster._core.storage.tags import AUTO_RETRY_RUN_ID_TAG, BACKFILL_ID_TAG, WILL_RETRY_TAG
 
-from ml_assets.cli.launcher import BOOT_ID, PID, describe, fence, is_alive
+from ml_assets.cli.launcher import BOOT_ID, PID, describe, fence, is_alive, record_lost_costs
 
 IN_PROGRESS = [DagsterRunStatus.STARTING, DagsterRunStatus.STARTED, DagsterRunStatus.CANCELING]
 # The daemon ignores failures from before its first look; until then these say 'from the beginning'.
@@ -54,6 +54,7 @@ def recover(instance: DagsterInstance) -> list[DagsterRun]:
     for run in gone:
         reason = describe(run)
         fence(run.run_id, reason)
+        record_lost_costs(instance, run)
         if run.status == DagsterRunStatus.CANCELING:
             instance.report_run_canceled(run, message=reason)
         else:

@@ -17,18 +17,21 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import httpx
 import psutil
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from ml_assets.artifacts import write_atomic
 from ml_assets.settings import Settings
+
+if TYPE_CHECKING:
+    from dagster import DagsterInstance
 
 ROOT = Path(__file__).resolve().parents[2]
 MODULE_VARIABLE = "EVERGREEN_DAGSTER_MODULE"
@@ -134,11 +137,29 @@ def is_running(settings: Settings) -> bool:
     return state is not None and is_alive(state["supervisor"])
 
 
+def _write_state(settings: Settings, pid: int, processes: Mapping[str, int]) -> None:
+    """`pid` is the supervisor's, `processes` those of its programs."""
+    from ml_assets.cli.launcher import identity
+
+    state = {
+        "urls": urls(settings),
+        "supervisor": identity(pid),
+        "processes": {name: identity(pid) for name, pid in processes.items()},
+    }
+    write_atomic(state_path(settings), json.dumps(state, indent=2).encode())
+
+
 @contextlib.contextmanager
 def _one_at_a_time(settings: Settings) -> Iterator[None]:
     """So that two people who start or stop the same deployment do so one after the other."""
     settings.home.mkdir(parents=True, exist_ok=True)
-    with FileLock(settings.home / "operation.lock"):
+    lock = FileLock(settings.home / "operation.lock")
+    with contextlib.ExitStack() as held:
+        try:
+            held.enter_context(lock.acquire(timeout=0))
+        except Timeout:
+            print(f"Another `up` or `down` of {settings.home} is under way; waiting for it ...", flush=True)
+            held.enter_context(lock)
         yield
 
 
@@ -220,6 +241,7 @@ class Supervisor:
         self.environment = environment(settings)
         self.stopping = threading.Event()
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
+        self.written = True
         self.lock = threading.Lock()
 
     def keep(self, program: Program) -> None:
@@ -227,11 +249,15 @@ class Supervisor:
         pause = 1.0
         while not self.stopping.is_set():
             started = time.monotonic()
-            code = self._run_once(program)
+            try:
+                end = f"ended with code {self._run_once(program)}"
+            except Exception:  # there may be memory or a free process again later
+                end = "could not be started"
+                logger.exception("%s %s", program.name, end)
             if self.stopping.is_set():
                 return
             pause = 1.0 if time.monotonic() - started > 60 else min(pause * 2, LONGEST_PAUSE)
-            logger.error("%s ended with code %s; starting it again in %.0f s", program.name, code, pause)
+            logger.error("%s %s; starting it again in %.0f s", program.name, end, pause)
             self.stopping.wait(pause)
 
     def _run_once(self, program: Program) -> int | None:
@@ -247,9 +273,13 @@ class Supervisor:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
+            try:
+                threading.Thread(target=_copy_lines, args=(program.name, process), daemon=True).start()
+            except BaseException:  # with nobody to read what it says it would stand still, and hold its port
+                _signal_group(process.pid, signal.SIGKILL)
+                raise
             self.processes[program.name] = process
-            self.write_state()
-        threading.Thread(target=_copy_lines, args=(program.name, process), daemon=True).start()
+        self.write_state()
         code = process.wait()
         _signal_group(process.pid, signal.SIGKILL)  # what it started itself goes with it
         return code
@@ -261,14 +291,37 @@ class Supervisor:
         return process is not None and process.poll() is None and _signal_group(process.pid, signal.SIGKILL)
 
     def write_state(self) -> None:
-        from ml_assets.cli.launcher import identity
+        """Failing is no reason to let a program alone: `keep_house` tries again."""
+        with self.lock:
+            pids = {name: process.pid for name, process in self.processes.items()}
+            try:
+                _write_state(self.settings, os.getpid(), pids)
+                self.written = True
+            except Exception:
+                self.written = False
+                logger.exception("%s can't be written", state_path(self.settings))
 
-        state = {
-            "urls": urls(self.settings),
-            "supervisor": identity(os.getpid()),
-            "processes": {name: identity(process.pid) for name, process in self.processes.items()},
-        }
-        write_atomic(state_path(self.settings), json.dumps(state, indent=2).encode())
+    def keep_house(self, instance: "DagsterInstance", known: set[str]) -> None:
+        """What is to be looked after from time to time; `known` is the memory of `requeue_lost`."""
+        from ml_assets.cli.recovery import requeue_lost
+
+        if not self.written:
+            self.write_state()
+        if restart_path(self.settings, "gateway").exists():
+            restart_path(self.settings, "gateway").unlink()
+            logger.error("the gateway does not answer well: it is ended and started again")
+            self.end("gateway")
+        for run_id in requeue_lost(instance, self.settings.dagster_url, known):
+            logger.warning("run %s is requeued; the daemon had lost its retry", run_id)
+
+    def watch(self, instance: "DagsterInstance") -> None:
+        """Keep house until `stopping` is set. A full disk or a locked database must not end everything."""
+        known: set[str] = set()
+        while not self.stopping.wait(REQUEUE_SECONDS):
+            try:
+                self.keep_house(instance, known)
+            except Exception:
+                logger.exception("keeping house failed; trying again in %.0f s", REQUEUE_SECONDS)
 
     def stop(self) -> None:
         """TERM to every process group, KILL to those that are still there 10 seconds later (some of
@@ -472,29 +525,33 @@ def start(settings: Settings) -> bool:
 
 
 def _start_supervisor(settings: Settings) -> subprocess.Popen[bytes]:
+    """It waits until the state names it: should this process end in between, it ends as well, and whoever
+    looks at the state later finds it, however far it is."""
     end_leftovers(settings)
     state_path(settings).unlink(missing_ok=True)
     check_ports(settings)
     initialize(settings)
+    command = (sys.executable, "-m", "ml_assets.cli.supervisor")
     with log_path(settings).open("ab") as log:
         process = subprocess.Popen(
-            [sys.executable, "-m", "ml_assets.cli.supervisor"],
+            ["/bin/sh", "-c", 'read -r go && exec "$@" </dev/null', "sh", *command],
             cwd=ROOT,
             env=environment(settings),
-            stdin=subprocess.DEVNULL,
+            stdin=subprocess.PIPE,
             stdout=log,
             stderr=log,
             start_new_session=True,
         )
-    deadline = time.monotonic() + START_SECONDS
-    while not is_running(settings) and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.1)
+    assert process.stdin
+    with process.stdin:
+        _write_state(settings, process.pid, {})
+        process.stdin.write(b"go\n")
     return process
 
 
 def stop(settings: Settings) -> tuple[bool, int]:
     """End everything. Returns (whether something was running, how many runs were interrupted)."""
-    if read_state(settings) is None:
+    if not settings.home.is_dir():
         return False, 0
     with _one_at_a_time(settings):
         return _stop(settings)
@@ -544,7 +601,8 @@ def _wait_for_code_server(supervisor: Supervisor, socket_path: str) -> None:
             return
         except Exception:  # it says in many ways that it is not there yet
             supervisor.stopping.wait(0.2)
-    logger.error("the code server does not answer; the others start without it")
+    if not supervisor.stopping.is_set():
+        logger.error("the code server does not answer; the others start without it")
 
 
 def main() -> None:
@@ -564,9 +622,8 @@ def main() -> None:
 
 def _supervise(settings: Settings) -> None:
     supervisor = Supervisor(settings)
-    done = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: done.set())
+        signal.signal(number, lambda *_: supervisor.stopping.set())
     logger.info("starting; state in %s", settings.home)
     supervisor.write_state()
     with _code_server_socket(settings) as socket_path:
@@ -582,22 +639,15 @@ def _supervise(settings: Settings) -> None:
             keep("code-server", "mlflow", "gateway")
             from dagster import DagsterInstance
 
-            from ml_assets.cli.recovery import recover, requeue_lost
+            from ml_assets.cli.recovery import recover
 
             with DagsterInstance.from_config(str(settings.dagster_home)) as instance:
                 for run in recover(instance):
                     logger.warning("run %s (%s) had lost its process", run.run_id, run.job_name)
                 _wait_for_code_server(supervisor, socket_path)
                 keep("dagster-daemon", "dagster-webserver")
-                known: set[str] = set()
                 restart_path(settings, "gateway").unlink(missing_ok=True)  # asked of an earlier supervisor
-                while not done.wait(REQUEUE_SECONDS):
-                    if restart_path(settings, "gateway").exists():
-                        restart_path(settings, "gateway").unlink()
-                        logger.error("the gateway does not answer well: it is ended and started again")
-                        supervisor.end("gateway")
-                    for run_id in requeue_lost(instance, settings.dagster_url, known):
-                        logger.warning("run %s is requeued; the daemon had lost its retry", run_id)
+                supervisor.watch(instance)
         finally:
             logger.info("stopping")
             supervisor.stop()

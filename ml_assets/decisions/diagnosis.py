@@ -546,7 +546,7 @@ def predict(costs: Sequence[Cost], train_rows: int, new_rows: int, replay: float
                 return median(some)
         return None
 
-    evaluations = [cost.device_seconds for cost in costs if cost.kind == "evaluation"][:10]
+    evaluations = [c.device_seconds for c in costs if c.kind == "evaluation" and c.rows > 0][:10]
     evaluation = median(evaluations) if evaluations else 0.0
 
     def of(seconds_per_row: float | None, rows: float) -> float | None:

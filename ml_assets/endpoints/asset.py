@@ -142,7 +142,7 @@ def build_endpoint_asset(spec: CustomizationSpec) -> dg.AssetsDefinition:
                         context.log.info(f"serving {current.adapter_digest} with {settings}")
                         current = released(candidate)
                     elif serve_again(current, store=store, gateway=client):
-                        context.log.warning(f"the gateway had lost {current.adapter_digest}; it serves again")
+                        context.log.warning(f"the gateway follows the ledger again: {current.adapter_digest}")
                     fingerprint = read_fingerprint(store, current.adapter_digest)
                     probed = verify_served(current, fingerprint, client)
             except (GatewayError, ReleaseFailed, ArtifactError, Fenced) as error:

@@ -79,12 +79,27 @@ def follow_ledger(
         return current
 
 
+def why_away(served: Mapping[str, Any] | None, current: Release) -> str | None:
+    """Why what the gateway says it serves is not `current`, the ledger's row; None when it is."""
+    if served is None:
+        return "not served"
+    if served["adapter_digest"] != current.adapter_digest:
+        other, wanted = served["adapter_digest"][:12], current.adapter_digest[:12]
+        return f"answered by adapter {other}, the ledger says {wanted}"
+    # the same adapter may have got another engine, other limits or another traffic policy; a gateway of an
+    # earlier version does not tell, and what was never recorded has no row
+    row = served.get("release", current.id)
+    if current.id and row != current.id:
+        return f"served with the settings of release {row}, the ledger is at {current.id}"
+    return None
+
+
 def serve_again(current: Release, *, store: ArtifactStore, gateway: GatewayClient) -> bool:
-    """Make the gateway serve `current`, the ledger's row, if it lost it; returns whether it had.
+    """Make the gateway serve `current`, the ledger's row, if it does not; returns whether it did not.
 
     Raises ReleaseFailed when it can't load it or the fingerprint is another's.
     """
-    if gateway.serving(current.customization) == current.adapter_digest:
+    if why_away(gateway.health()["served"].get(current.customization), current) is None:
         return False
     fingerprint = read_fingerprint(store, current.adapter_digest)
     try:

@@ -1,13 +1,18 @@
 """Who a process is, and whether it still runs."""
 
 import contextlib
+import multiprocessing
 import os
 import signal
 import subprocess
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import dagster as dg
 import pytest
+from dagster._core.launcher.base import WorkerStatus
 
 from ml_assets.cli.launcher import (
     BOOT_ID,
@@ -17,7 +22,14 @@ from ml_assets.cli.launcher import (
     is_alive,
     kill_group,
     process_started,
+    record_lost_costs,
 )
+from ml_assets.cli.recovery import recover
+from ml_assets.decisions.book import DecisionBook
+from ml_assets.decisions.meter import metered
+from ml_assets.decisions.tags import DECISION_TAG, run_cost
+from ml_assets.endpoints.ledger import Ledger
+from ml_assets.settings import Settings
 
 
 @pytest.fixture
@@ -90,3 +102,113 @@ def test_killing_ends_the_whole_group():
     while is_alive(child_tags) and time.monotonic() < deadline:
         time.sleep(0.01)
     assert not is_alive(child_tags)
+
+
+# -- what a killed run had spent -----------------------------------------------------------------------
+
+PARTITION = "tiny@0123456789ab"
+
+
+class Mode(dg.Config):
+    mode: str = "auto"
+
+
+@contextlib.contextmanager
+def open_book() -> Iterator[DecisionBook]:
+    with contextlib.closing(Ledger(Settings.from_env().ledger_url)) as ledger:
+        yield DecisionBook(ledger)
+
+
+def run_and_be_killed(home: Path, killed_in: str, mode: str, port: bool) -> None:
+    """A run of an adapter and its report, for a process of its own. The adapter is metered, as a port or a
+    training, and the process ends in a step, after that."""
+
+    def work(context: dg.AssetExecutionContext, what: str) -> None:
+        context.log.info("step 1/9")
+        time.sleep(0.1)
+        if what == killed_in:
+            context.log.info("step 5/9")
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    partitions = dg.StaticPartitionsDefinition([PARTITION])
+
+    @dg.asset(key=["home", "adapter"], partitions_def=partitions)
+    def adapter(context: dg.AssetExecutionContext, config: Mode) -> None:
+        cost = run_cost(context.run, "home", "port" if port else "training", PARTITION)
+        if port or killed_in != "adapter":
+            with metered(open_book, cost, 1.0) as meter:
+                meter.read(7.0, 70)
+        work(context, "adapter")
+
+    @dg.asset(key=["home", "eval_report"], partitions_def=partitions, deps=[adapter])
+    def eval_report(context: dg.AssetExecutionContext) -> None:
+        work(context, "eval_report")
+
+    with dg.DagsterInstance.from_config(str(home)) as instance:
+        dg.materialize(
+            [adapter, eval_report],
+            partition_key=PARTITION,
+            instance=instance,
+            tags=identity(os.getpid()) | {DECISION_TAG: "decision-1"},
+            run_config={"ops": {"home__adapter": {"config": {"mode": mode}}}},
+        )
+
+
+@pytest.fixture
+def killed(tmp_path, monkeypatch):
+    """(instance, run) of a run that was killed in a step."""
+    monkeypatch.setenv("EVERGREEN_DEVICE_SECOND_PRICE", "2")
+    (tmp_path / "dagster.yaml").write_bytes((Path(__file__).parents[2] / "dagster.yaml").read_bytes())
+    with dg.DagsterInstance.from_config(str(tmp_path)) as instance:
+
+        def kill(*arguments: Any) -> tuple[dg.DagsterInstance, dg.DagsterRun]:
+            process = multiprocessing.get_context("fork").Process(
+                target=run_and_be_killed, args=(tmp_path, *arguments)
+            )
+            process.start()
+            process.join(60)
+            assert process.exitcode == -signal.SIGKILL
+            (run,) = instance.get_runs()
+            return instance, run
+
+        yield kill
+
+
+@pytest.mark.parametrize("mode", ["auto", "incremental", "port"])
+def test_what_a_killed_training_took_is_recorded_once(killed, mode):
+    instance, run = killed("adapter", mode, False)
+    assert instance.run_launcher.check_run_worker_health(run).status == WorkerStatus.FAILED
+    with open_book() as book:
+        (cost,) = book.costs("home")
+    assert [found.run_id for found in recover(instance)] == [run.run_id]
+    with open_book() as book:
+        assert book.costs("home") == [cost]
+    assert cost.kind == ("training" if mode == "auto" else mode)
+    assert (cost.partition, cost.run_id, cost.decision_id) == (PARTITION, run.run_id, "decision-1")
+    assert 0.1 <= cost.device_seconds < 5 and cost.money == pytest.approx(2 * cost.device_seconds)
+    assert cost.rows == 0, "nothing is predicted from a part of a training"
+
+
+def test_of_a_killed_run_only_what_had_not_ended_is_added(killed):
+    instance, _ = killed("eval_report", "auto", False)
+    recover(instance)
+    with open_book() as book:
+        evaluation, training = book.costs("home")
+    assert (training.kind, training.device_seconds, training.rows) == ("training", 7.0, 70)
+    assert evaluation.kind == "evaluation" and 0.1 <= evaluation.device_seconds < 5
+
+
+def test_what_was_metered_before_the_kill_is_not_counted_again(killed):
+    instance, _ = killed("adapter", "auto", True)
+    recover(instance)
+    with open_book() as book:
+        (cost,) = book.costs("home")
+    assert (cost.kind, cost.device_seconds) == ("port", 7.0)
+
+
+def test_a_cost_that_can_not_be_recorded_stops_nothing(killed, tmp_path, monkeypatch, caplog):
+    instance, run = killed("adapter", "auto", False)
+    (tmp_path / "damaged.db").write_bytes(b"damaged " * 1000)
+    monkeypatch.setenv("EVERGREEN_LEDGER_URL", f"sqlite:///{tmp_path / 'damaged.db'}")
+    record_lost_costs(instance, run)
+    assert "is not known" in caplog.text

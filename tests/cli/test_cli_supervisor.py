@@ -10,11 +10,14 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
 import psutil
 import pytest
+from dagster import DagsterInstance
 
 from ml_assets.cli import supervisor as module
 from ml_assets.cli.launcher import identity, is_alive
@@ -186,6 +189,117 @@ def test_what_a_killed_supervisor_left_is_ended_but_no_stranger(settings):
             with contextlib.suppress(ProcessLookupError):
                 process.kill()
             process.wait()
+
+
+def test_a_program_runs_though_who_it_is_can_not_be_written(
+    supervise, settings, tmp_path, monkeypatch, caplog
+):
+    monkeypatch.setattr(module, "LONGEST_PAUSE", 0.1)
+    caplog.set_level(logging.INFO)
+    module.state_path(settings).mkdir()  # as good as a full disk
+    starts = tmp_path / "starts"
+    supervisor = supervise("sh", "-c", f"echo $$ >> {starts}; echo hello; exec sleep 60")
+    wait_for(lambda: [r for r in caplog.records if (r.name, r.getMessage()) == ("it", "hello")])
+    os.kill(int(lines(starts)[0]), signal.SIGKILL)
+    wait_for(lambda: len(lines(starts)) == 2)
+    assert supervisor.processes["it"].poll() is None
+
+
+def test_a_program_that_could_not_be_started_is_tried_again(settings, monkeypatch, caplog):
+    monkeypatch.setattr(module, "LONGEST_PAUSE", 0.1)
+    directory = settings.home / "later"
+    supervisor = Supervisor(settings)
+    keeper = threading.Thread(target=supervisor.keep, args=(Program("it", ("sleep", "60"), directory),))
+    keeper.start()
+    try:
+        wait_for(lambda: "it could not be started; starting it again" in caplog.text)
+        assert "FileNotFoundError" in caplog.text
+        directory.mkdir()
+        wait_for(lambda: "it" in supervisor.processes)
+    finally:
+        supervisor.stop()
+        keeper.join(20)
+    assert not keeper.is_alive()
+
+
+def test_an_error_while_keeping_house_ends_nothing(settings, monkeypatch, caplog):
+    monkeypatch.setattr(module, "REQUEUE_SECONDS", 0.05)
+    settings.dagster_home.mkdir()
+    supervisor = Supervisor(settings)
+    supervisor.written = False  # the disk was full when a program started
+    with DagsterInstance.local_temp(str(settings.dagster_home)) as instance:
+        (runs,) = settings.dagster_home.rglob("runs.db")
+        content = runs.read_bytes()
+        runs.write_bytes(b"damaged " * 1000)
+        watcher = threading.Thread(target=supervisor.watch, args=(instance,))
+        watcher.start()
+        try:
+            wait_for(lambda: "keeping house failed" in caplog.text)
+            assert "file is not a database" in caplog.text
+            assert module.is_running(settings) and supervisor.written
+            assert module.ask_for_restart(settings, "gateway")
+            wait_for(lambda: not module.restart_path(settings, "gateway").exists())
+            assert watcher.is_alive()
+            runs.write_bytes(content)
+        finally:
+            supervisor.stop()
+            watcher.join(20)
+    assert not watcher.is_alive()
+
+
+# -- up and down at the same time ----------------------------------------------------------------------
+
+
+@pytest.fixture
+def initialized(settings, monkeypatch) -> Iterator[Settings]:
+    """A data directory without the databases, whose creation takes seconds."""
+    for directory in (settings.logs, settings.dagster_home):
+        directory.mkdir(parents=True)
+    monkeypatch.setattr(module, "initialize", lambda _settings: None)
+    yield settings
+    module.stop(settings)
+
+
+def test_a_supervisor_is_known_from_its_first_moment(initialized):
+    process = module._start_supervisor(initialized)
+    assert module.is_running(initialized)
+    assert module.read_state(initialized) == {
+        "urls": module.urls(initialized),
+        "supervisor": identity(process.pid),
+        "processes": {},
+    }
+    assert module.stop(initialized) == (True, 0)
+    assert process.wait(1) == -signal.SIGTERM
+    assert not module.state_path(initialized).exists()
+
+
+def test_an_up_that_ends_before_its_supervisor_is_known_leaves_none(initialized, monkeypatch):
+    found: list[dict[str, str]] = []
+
+    def interrupted(_settings, pid, _processes):
+        found.append(identity(pid))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "_write_state", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        module._start_supervisor(initialized)
+    wait_for(lambda: not is_alive(found[0]), seconds=2)
+    assert module.read_state(initialized) is None
+
+
+def test_down_waits_for_an_up_under_way_and_ends_what_it_started(initialized, capsys):
+    told: list[str] = []
+    with ThreadPoolExecutor() as pool:
+        with module._one_at_a_time(initialized):
+            ended = pool.submit(module.stop, initialized)
+            wait_for(lambda: ended.done() or told.append(capsys.readouterr().out) or any(told))
+            process = module._start_supervisor(initialized)
+        try:
+            assert ended.result(20) == (True, 0)
+        finally:
+            process.kill()
+            process.wait()
+    assert "is under way; waiting for it" in "".join(told)
 
 
 def test_running_is_a_supervisor_that_lives(settings):

@@ -245,6 +245,26 @@ def test_what_the_gateway_lost_serves_again(setting: Setting, adapters: list[Mad
     setting.serves(adapters[0], "1")
 
 
+def test_other_settings_that_were_recorded_and_no_more_are_followed(
+    setting: Setting, adapters: list[Made]
+) -> None:
+    row = setting.release(adapters[0])
+    # what a release of the same adapter leaves that is killed right after its commit
+    row = setting.world.record(adapters[0], max_new_tokens=2, max_prompt_tokens=9)
+    assert serve_again(row, store=setting.world.store, gateway=setting.client)
+    version = setting.app.state.engine.served["home"]
+    assert (version.max_new_tokens, version.max_prompt_tokens, version.release) == (2, 9, row.id)
+    assert not serve_again(row, store=setting.world.store, gateway=setting.client)
+
+
+def test_a_gateway_that_was_started_again_is_at_the_row_that_it_read(tmp_path: Path) -> None:
+    world = World(tmp_path)
+    row = world.record(world.adapter("home", 1))
+    with gateway_in_thread(world) as (url, _), GatewayClient(url, world.admin_key) as client:
+        assert client.health()["served"]["home"]["release"] == row.id
+        assert not serve_again(row, store=world.store, gateway=client)
+
+
 def test_the_alias_follows_the_ledger(setting: Setting, adapters: list[Made]) -> None:
     ledger = setting.world.ledger
     row = setting.release(adapters[0])

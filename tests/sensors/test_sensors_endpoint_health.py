@@ -20,6 +20,7 @@ from ml_assets.cli.supervisor import restart_path, state_path
 from ml_assets.decisions.book import DecisionBook
 from ml_assets.decisions.tags import CUSTOMIZATION_TAG
 from ml_assets.endpoints.gateway.keys import ADMIN_KEY_FILE
+from ml_assets.endpoints.release import serve_again
 from ml_assets.settings import Settings
 from resources.artifact_store import ArtifactStoreResource
 from resources.gateway import GatewayResource
@@ -101,6 +102,16 @@ def test_the_life_of_a_gateway(world: World, instance: dg.DagsterInstance) -> No
         requests, why = health.tick()
         assert requests == [] and "asked for fingerprints: home" in why
         assert "serves all 1 as the ledger says" in why
+
+        # released again with other limits, by a run that was killed before the gateway followed
+        changed = world.record(made, max_new_tokens=3)
+        ((request,), why) = health.tick()
+        assert request.asset_selection == [dg.AssetKey(["home", "endpoint"])]
+        assert f":{changed.id}:" in str(request.run_key)
+        with health.resources["gateway"].client() as client:
+            assert serve_again(changed, store=world.store, gateway=client)
+        requests, why = health.tick()
+        assert requests == [] and "serves all 1 as the ledger says" in why
 
         # its weights are damaged in memory: it says that it serves, and answers something else
         supervised()
