@@ -57,8 +57,9 @@ def admit(
 ) -> Admitted:
     """The rows among `said` that may join the rows that are `known`, in an order of their own.
 
-    `threshold` is the Jaccard similarity from which two inputs are one; `remove(reason, row, why)` is told
-    about every row that is left out.
+    `threshold` is the Jaccard similarity from which two inputs are one; `target_text` gives two targets one
+    text where they are the same answer (`ml_assets.datasets.snapshot.same_target`);
+    `remove(reason, row, why)` is told about every row that is left out.
     """
     wanted = _newest_of_each_key(said, input_text, remove)
     inputs = [input_text(row) for row in known] + [input_text(one.row) for one in wanted]

@@ -43,6 +43,7 @@ REASONS = {
     "feedback_share": "right answer beyond its key's share (feedback.max_share_per_key)",
     "feedback_disagrees": "right answer that contradicts other feedback on nearly the same input",
     "parent_without_column": "evaluation row of the snapshot before, without a column that the prompt needs",
+    "parent_unscorable": "evaluation row of the snapshot before, with a target that cannot be scored",
 }
 
 
@@ -202,6 +203,8 @@ def _findings(record: Mapping[str, Any]) -> dict[str, Any]:
         "removed_rows": sum(record["removed"].values()),
         "redacted": sum(record["redacted"].values()),
     }
+    if without := record["measured"].get("kept_without_group"):
+        metadata["evaluation_rows_of_no_known_group"] = without
     if said := record.get("feedback"):
         metadata |= {
             "feedback_given": said["given"],

@@ -1,12 +1,11 @@
 """Right answers of users as rows of the dataset's columns."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from ml_assets.artifacts import canonical_json, sha256_bytes
 from ml_assets.datasets.admission import Said
-from ml_assets.datasets.snapshot import normalize
+from ml_assets.datasets.snapshot import normalize, same_target
 from ml_assets.spec import CustomizationSpec
 from ml_assets.traffic.records import Judged
 from ml_assets.traffic.rows import row_of
@@ -40,7 +39,7 @@ def feedback_rows(spec: CustomizationSpec, judged: Sequence[Judged]) -> Feedback
         cluster = spec.evaluation.cluster
         if cluster and not row[cluster]:  # not known: a cluster of its own, or all of them would be one
             row[cluster] = f"request {request.id}"
-        origin = "champion" if same_answer(right, request.answer) else "feedback"
+        origin = "champion" if same_answer(right, request.answer, spec.evaluation.task) else "feedback"
         said.append(Said(row, one.feedback.key_id, one.feedback.seq or 0, origin))
     if not said and not unusable:
         return FeedbackRows()
@@ -48,11 +47,8 @@ def feedback_rows(spec: CustomizationSpec, judged: Sequence[Judged]) -> Feedback
     return FeedbackRows(said, unusable, sha256_bytes(canonical_json([content, unusable])))
 
 
-def same_answer(one: str, other: str) -> bool:
-    """Whether two answers say the same: as text, or as JSON."""
-    if normalize(one) == normalize(other):
-        return True
-    try:
-        return json.loads(one) == json.loads(other)
-    except (ValueError, RecursionError):
-        return False
+def same_answer(one: str, other: str, task: str = "text") -> bool:
+    """Whether two answers say the same: as text, as JSON, or to the scores of the task."""
+    return normalize(one) == normalize(other) or any(
+        same_target(how, one) == same_target(how, other) for how in ("json", task)
+    )

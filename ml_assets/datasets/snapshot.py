@@ -15,9 +15,10 @@ from ml_assets.datasets.duplicates import NearIndex, count_leaks, fold, shingles
 from ml_assets.datasets.redaction import redactor
 from ml_assets.datasets.sources import BadRow, SourceRows, describe
 from ml_assets.datasets.split import is_evaluation
+from ml_assets.eval_reports.metrics import json_leaves, normalize_label, parse_json
 from ml_assets.spec import CustomizationSpec
 
-CODE_VERSION = "1"
+CODE_VERSION = "2"
 """Raised by hand when the same source would give another snapshot."""
 
 SHOWN = 5
@@ -67,9 +68,9 @@ def build_snapshot(
     """
     state = _Builder(spec)
     rows = state.validate(source)
-    rows = state.redact(rows)
-    rows = state.drop_repeats(rows)
+    rows = state.drop_unscorable(state.redact(rows), "bad_row")  # a number in JSON may be personal data
     frozen = state.keep_parent(parent or [], rows)
+    rows = state.drop_repeats(rows, frozen)
     rows += state.admit_feedback(feedback, [*rows, *frozen])
     rows = state.drop_conflicts(rows, frozen)
     train = [row for row in rows if not is_evaluation(state.split_key(row), spec.dataset.evaluation_share)]
@@ -180,6 +181,34 @@ def normalize(value: Any) -> str:
     return re.sub(r"[ \t]+(?=\n|$)", "", text).strip()
 
 
+def same_target(task: str, target: str) -> str:
+    """A text that two targets have in common when the scores of the task cannot tell them apart: another
+    order of JSON keys or another case of a class label is not another answer."""
+    if task == "classification":
+        return normalize_label(target) or target  # of a label of quotes or stars nothing would be left
+    if task == "json":
+        try:
+            value = _whole_numbers(parse_json(target))
+            # half of a character is fine as an escape, and nowhere else
+            return (
+                json.dumps(value, sort_keys=True, ensure_ascii=False)
+                .encode(errors="backslashreplace")
+                .decode()
+            )
+        except (ValueError, RecursionError):
+            return target
+    return target
+
+
+def _whole_numbers(value: Any) -> Any:
+    """1.0 is 1."""
+    if isinstance(value, dict):
+        return {key: _whole_numbers(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_whole_numbers(item) for item in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
 class _Builder:
     """The steps of one build, and the counts they leave behind."""
 
@@ -192,6 +221,7 @@ class _Builder:
         self.redacted: Counter[str] = Counter()
         self.examples: list[dict[str, str]] = []
         self.conflicts = 0
+        self.without_group = 0
         self.feedback_keys: dict[str, dict[str, Any]] = {}
 
     # -- what a row is ---------------------------------------------------------------------------------
@@ -201,6 +231,9 @@ class _Builder:
 
     def target_text(self, row: Mapping[str, str]) -> str:
         return self.spec.prompt.target.format_map(row)
+
+    def target_key(self, row: Mapping[str, str]) -> str:
+        return same_target(self.spec.evaluation.task, self.target_text(row))
 
     def row_hash(self, row: Mapping[str, str]) -> str:
         """Identity of a row: what the model sees and answers, and its group. Segments and clusters are notes
@@ -252,6 +285,15 @@ class _Builder:
         limit, words = self.spec.adapter.max_length, len(self.target_text(row).split())
         if limit is not None and words >= limit:  # every word is at least one token
             return f"the target has {words} words, which cannot fit adapter.max_length {limit} tokens"
+        return self._unscorable(row)
+
+    def _unscorable(self, row: Row) -> str | None:
+        """Why no answer could be compared with the target: one such row would fail every report."""
+        if self.spec.evaluation.task == "json":
+            try:
+                json_leaves(parse_json(self.target_text(row)))
+            except (ValueError, RecursionError) as error:
+                return f"the target is not JSON ({error})"
         return None
 
     def _judge_bad(self, source: SourceRows, bad: list[BadRow]) -> None:
@@ -287,19 +329,39 @@ class _Builder:
             clean.append(new | {"_row": self.row_hash(new)})
         return clean
 
-    def drop_repeats(self, rows: list[Row]) -> list[Row]:
+    def drop_unscorable(self, rows: list[Row], reason: str) -> list[Row]:
+        kept: list[Row] = []
+        for row in rows:
+            if why := self._unscorable(row):
+                self.remove(reason, row, why)
+            else:
+                kept.append(row)
+        return kept
+
+    def drop_repeats(self, rows: list[Row], frozen: list[Row]) -> list[Row]:
+        """Of rows that are the same but for the spelling of the target, keep the first, or the frozen one."""
+        frozen_rows = {row["_row"] for row in frozen}
+        known = {self._meaning(row) for row in frozen}
         kept: dict[str, Row] = {}
         for row in rows:
-            if row["_row"] in kept:
+            place = row["_row"] if row["_row"] in frozen_rows else self._meaning(row)
+            if place in kept or place in known:
                 self.remove("exact_duplicate", row)
             else:
-                kept[row["_row"]] = row
+                kept[place] = row
         return list(kept.values())
+
+    def _meaning(self, row: Row) -> str:
+        group = self.spec.dataset.group_by
+        columns = [*self.input_columns, *([group] if group else [])]
+        return json.dumps([[row[column] for column in columns], self.target_key(row)])
 
     def keep_parent(self, parent: list[Row], rows: list[Row]) -> list[Row]:
         """Evaluation rows of the parent, with today's segments where the source still has the row. A row that
-        lacks a column of the prompt cannot be kept."""
-        today = {row["_row"]: row for row in rows}
+        lacks a column of the prompt, or cannot be scored, cannot be kept."""
+        today = {row["_row"]: row for row in reversed(rows)}
+        group = self.spec.dataset.group_by
+        ungrouped = bool(parent and group and group not in parent[0])
         frozen: list[Row] = []
         for row in parent:
             if any(not row.get(column) for column in self.template_columns):
@@ -310,7 +372,31 @@ class _Builder:
                 kept |= {"_origin": row["_origin"], "_said": row.get("_said", "")}
             frozen.append(kept)
         frozen = self.redact(frozen)  # the rules may have become stricter
+        frozen = self.drop_unscorable(frozen, "parent_unscorable")
+        if group and ungrouped:
+            frozen = self._grouped(frozen, rows, group)
         return [today.get(row["_row"], row) for row in frozen]
+
+    def _grouped(self, frozen: list[Row], rows: list[Row], group: str) -> list[Row]:
+        """Rows of a parent without the group column, with the group that the row, or at least its input, has
+        in the source today: the rest of that group must not train."""
+
+        def places(row: Row) -> list[tuple[str, ...]]:
+            return [
+                tuple(row[name] for name in names) for names in (self.template_columns, self.input_columns)
+            ]
+
+        groups: dict[tuple[str, ...], str] = {}
+        for row in rows:
+            for place in places(row):
+                groups.setdefault(place, row[group])
+        grouped: list[Row] = []
+        for row in frozen:
+            found = next((groups[place] for place in places(row) if place in groups), None)
+            self.without_group += found is None
+            new = row | {group: found or ""}
+            grouped.append(new | {"_row": self.row_hash(new)})
+        return grouped
 
     def admit_feedback(self, feedback: Sequence[Said], known: list[Row]) -> list[Row]:
         """The right answers of users that join. Those that are the model's own stay among them, also where
@@ -323,7 +409,10 @@ class _Builder:
             else:
                 said.append(replace(one, row=row))
         clean = self.redact([one.row for one in said])
-        said = [replace(one, row=row) for one, row in zip(said, clean, strict=True)]
+        scorable = {row["_row"] for row in self.drop_unscorable(clean, "feedback_unusable")}
+        said = [
+            replace(one, row=row) for one, row in zip(said, clean, strict=True) if row["_row"] in scorable
+        ]
         spec = self.spec
         admitted = admit(
             said,
@@ -331,7 +420,7 @@ class _Builder:
             spec.feedback,
             spec.dataset.near_duplicate,
             self.input_text,
-            self.target_text,
+            self.target_key,
             self.remove,
         )
         self.feedback_keys = admitted.keys
@@ -345,13 +434,13 @@ class _Builder:
         stays."""
         targets: dict[str, set[str]] = defaultdict(set)
         for row in [*rows, *frozen]:
-            targets[fold(self.input_text(row))].add(self.target_text(row))
+            targets[fold(self.input_text(row))].add(self.target_key(row))
         frozen_rows = {row["_row"] for row in frozen}
         kept: list[Row] = []
         for row in rows:
             found = targets[fold(self.input_text(row))]
             if len(found) > 1 and row["_row"] not in frozen_rows:
-                others = sorted(found - {self.target_text(row)})
+                others = sorted(found - {self.target_key(row)})
                 self.remove("conflicting_label", row, f"the same input also has the target {others[0]}")
             else:
                 kept.append(row)
@@ -388,7 +477,7 @@ class _Builder:
         index = NearIndex(self.spec.dataset.near_duplicate, signatures)
         kept: list[Row] = []
         for row, signature in zip(ordered, signatures, strict=True):
-            target = self.target_text(row)
+            target = self.target_key(row)
             near = index.find(signature, target)
             if near is None:
                 index.add(row["_row"], signature, target)
@@ -419,6 +508,8 @@ class _Builder:
                 for column in self.spec.evaluation.segments
             },
         }
+        if self.without_group:
+            measured["kept_without_group"] = self.without_group
         if self.spec.evaluation.task == "classification":
             measured["classes"] = self._counts(snapshot, self.target_text)
         return measured

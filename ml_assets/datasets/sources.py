@@ -9,9 +9,12 @@ import importlib
 import io
 import itertools
 import json
+import lzma
 import math
 import os
 import sys
+import zipfile
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from decimal import Decimal
@@ -27,6 +30,9 @@ from ml_assets.spec import FileSource, HuggingFaceSource, PythonSource, Source, 
 
 LOOKAHEAD = 100
 """Rows of a JSONL file that tell its columns: a column may be missing in the first one."""
+
+UNREADABLE = (OSError, EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile)
+"""What a file raises that is not there, cannot be reached, or is cut off or damaged while compressed."""
 
 
 class SourceError(ValueError):
@@ -70,8 +76,8 @@ class SourceRows:
 def read_source(source: Source, root: Path, settings: Settings) -> SourceRows:
     """Read a whole source. Relative paths start at `root`, the folder of the defs.yaml.
 
-    A row that cannot be read (broken JSON, a line with too many fields) is in `bad`; the caller decides how
-    many are too many. Raises SourceError when nothing can be read, or the source has no rows.
+    A row that cannot be read (broken JSON, a line with too many fields) or written is in `bad`; the caller
+    decides how many are too many. Raises SourceError when nothing can be read, or the source has no rows.
     """
     match source:
         case FileSource():
@@ -89,8 +95,15 @@ def read_source(source: Source, root: Path, settings: Settings) -> SourceRows:
         if isinstance(row, BadRow):
             bad.append(row)
         else:
-            rows.append({str(column): _plain(value) for column, value in row.items()})
-            places.append(place)
+            plain = {str(column): _plain(value) for column, value in row.items()}
+            try:
+                canonical_json(plain)  # not for half of a character (a lone surrogate), nor endless numbers
+            except ValueError as error:
+                text = repr(row)[:80] if isinstance(error, UnicodeError) else ""
+                bad.append(BadRow(place, f"cannot be written as UTF-8 JSON ({error})", text))
+            else:
+                rows.append(plain)
+                places.append(place)
     if not rows and not bad:
         raise SourceError(f"{name}: the source is empty, expected at least one row")
     return SourceRows(name, rows, places, bad)
@@ -107,9 +120,9 @@ def source_columns(source: Source, root: Path) -> list[str] | None:
     if not isinstance(source, FileSource):
         return None
     try:
-        filesystem, paths = _resolve(source, root)
-        if not isinstance(filesystem, LocalFileSystem):
+        if not isinstance(_filesystem(source, root)[0], LocalFileSystem):
             return None
+        filesystem, paths = _resolve(source, root)
         if source.kind == "parquet":
             import pyarrow.parquet
 
@@ -120,7 +133,7 @@ def source_columns(source: Source, root: Path) -> list[str] | None:
         if any(isinstance(row, BadRow) for _, row in first) or not first:
             return None
         return list(dict.fromkeys(column for _, row in first for column in row))  # type: ignore[union-attr]
-    except (SourceError, OSError, ValueError):
+    except (*UNREADABLE, ValueError):
         return None
 
 
@@ -150,31 +163,42 @@ Found = Iterator[tuple[str, Mapping[str, Any] | BadRow]]
 
 
 def _files(source: FileSource, root: Path) -> Found:
-    filesystem, paths = _resolve(source, root)
-    for path in paths:
-        name = os.path.basename(path)
-        try:
+    path = source.path
+    try:
+        filesystem, paths = _resolve(source, root)
+        for path in paths:
+            name = os.path.basename(path)
             if source.kind == "parquet":
                 yield from _parquet(filesystem, path, name)
             else:
                 read = _csv if source.kind == "csv" else _jsonl
                 with _open(filesystem, path) as file:
                     yield from read(file, name)
-        except OSError as error:
-            raise SourceError(f"{path}: cannot be read: {error}") from error
+    except UNREADABLE as error:
+        raise SourceError(f"{path}: cannot be read: {error}") from error
+    except Exception as error:
+        if not type(error).__module__.startswith("aiohttp"):
+            raise
+        # a server that answers with an error or breaks off is like one that is not there: try again
+        raise SourceError(f"{path}: cannot be read: {error}") from ConnectionError(str(error))
 
 
-def _resolve(source: FileSource, root: Path) -> tuple[fsspec.AbstractFileSystem, list[str]]:
-    """The file system and the files of a path, glob or URL, sorted."""
+def _filesystem(source: FileSource, root: Path) -> tuple[fsspec.AbstractFileSystem, str]:
+    """The file system of a path, glob or URL, and the path there; nothing is opened yet."""
     url = source.path
     if "://" not in url and "::" not in url:
         url = os.path.expanduser(url)
         if not os.path.isabs(url):
             url = os.path.join(glob.escape(str(root)) if glob.has_magic(url) else str(root), url)
     try:
-        filesystem, path = fsspec.core.url_to_fs(url)
+        return fsspec.core.url_to_fs(url)
     except (ImportError, ValueError) as error:
         raise SourceError(f"{source.path}: expected a path or an fsspec URL: {error}") from error
+
+
+def _resolve(source: FileSource, root: Path) -> tuple[fsspec.AbstractFileSystem, list[str]]:
+    """The file system and the files of a path, glob or URL, sorted."""
+    filesystem, path = _filesystem(source, root)
     if glob.has_magic(path) and not filesystem.exists(path):
         paths = sorted(str(found) for found in filesystem.glob(path) if not filesystem.isdir(found))
     elif filesystem.isdir(path):
@@ -182,7 +206,9 @@ def _resolve(source: FileSource, root: Path) -> tuple[fsspec.AbstractFileSystem,
     else:
         paths = [path] if filesystem.exists(path) else []
     if not paths:
-        raise SourceError(f"{source.path}: no such file" + (f" (from {root})" if "://" not in url else ""))
+        raise SourceError(
+            f"{source.path}: no such file" + (f" (from {root})" if "://" not in source.path else "")
+        )
     return filesystem, paths
 
 
@@ -202,8 +228,10 @@ def _jsonl(file: Iterable[bytes], name: str, header_only: bool = False) -> Found
             row = json.loads(line.decode())
         except UnicodeDecodeError as error:
             yield place, BadRow(place, f"not UTF-8 at byte {error.start + 1}", start)
-        except (json.JSONDecodeError, RecursionError) as error:
-            reason = f"{error.msg} at column {error.colno}" if isinstance(error, ValueError) else "too deep"
+        except json.JSONDecodeError as error:
+            yield place, BadRow(place, f"not JSON ({error.msg} at column {error.colno})", start)
+        except (RecursionError, ValueError) as error:
+            reason = "too deep" if isinstance(error, RecursionError) else "a number with too many digits"
             yield place, BadRow(place, f"not JSON ({reason})", start)
         else:
             if isinstance(row, dict):
@@ -217,7 +245,7 @@ def _csv(file: Any, name: str, header_only: bool = False) -> Found:
         text = io.TextIOWrapper(file, "utf-8-sig", newline="")
         delimiter = max(",;\t|", key=text.readline().count)
         text.seek(0)
-        reader = csv.DictReader(text, delimiter=delimiter, strict=True, restkey="", restval=None)
+        reader = csv.DictReader(text, delimiter=delimiter, strict=True)
         fields = list(reader.fieldnames or [])
         if header_only:
             yield name, dict.fromkeys(fields)
@@ -227,8 +255,8 @@ def _csv(file: Any, name: str, header_only: bool = False) -> Found:
         line = reader.line_num + 1
         for row in reader:
             place, line = f"{name}:{line}", reader.line_num + 1
-            if "" in row and "" not in fields:
-                found = len(fields) + len(row[""] or ())
+            if None in row:  # the key of surplus fields; any text, "" too, can be the name of a column
+                found = len(fields) + len(row[None])
                 start = ", ".join(str(row[field]) for field in fields)[:80]
                 yield place, BadRow(place, f"expected {len(fields)} fields, found {found}", start)
             elif None in row.values():

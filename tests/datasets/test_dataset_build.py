@@ -97,6 +97,17 @@ def test_the_next_snapshot_keeps_the_evaluation_rows_and_names_its_parent(tmp_pa
     assert load_rows(store.open(third.ref), "evaluation") == after
 
 
+def test_new_code_that_gives_the_same_rows_keeps_the_artifact(tmp_path, store, monkeypatch):
+    write(tmp_path, 60)
+    with monkeypatch.context() as patch:
+        for module in ("build", "snapshot"):
+            patch.setattr(f"ml_assets.datasets.{module}.CODE_VERSION", "1")
+        first = build(tmp_path, store)
+    second = build(tmp_path, store)
+    assert (second.ref, second.reused) == (first.ref, False)
+    assert build(tmp_path, store).reused
+
+
 def test_two_homes_give_the_same_digest(tmp_path):
     write(tmp_path, 60)
     refs = {build(tmp_path, ArtifactStore(str(tmp_path / name))).ref for name in ("one", "two")}

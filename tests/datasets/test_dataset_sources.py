@@ -1,7 +1,13 @@
+import bz2
 import datetime
+import gzip
 import json
+import lzma
 import sqlite3
+import threading
+from collections.abc import Iterator
 from decimal import Decimal
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import fsspec
@@ -119,6 +125,88 @@ def test_broken_csv_rows_are_named(tmp_path):
         "faq.csv:3: expected 2 fields, found 1 in 'two'",
         "faq.csv:6: expected 2 fields, found 3 in 'four, 4'",
     ]
+
+
+@pytest.mark.parametrize("header", [",text,label", "text,label,", "text,,label"])
+def test_a_csv_column_without_a_name_does_not_hide_surplus_fields(tmp_path, header):
+    (tmp_path / "faq.csv").write_text(f'{header}\na,"b, c",d\ne,f, g,h\ni,j,k\n')
+    found = read(FileSource(kind="csv", path="faq.csv"), tmp_path)
+    names = header.split(",")
+    assert found.rows == [dict(zip(names, row, strict=True)) for row in (("a", "b, c", "d"), ("i", "j", "k"))]
+    assert [str(row) for row in found.bad] == ["faq.csv:3: expected 3 fields, found 4 in 'e, f,  g'"]
+
+
+def test_text_and_numbers_that_nobody_can_write_are_bad_rows_with_their_place(tmp_path):
+    (tmp_path / "faq.jsonl").write_text(
+        '{"q": "hi \\ud83d"}\n{"q": "\\ud83d\\ude00"}\n{"q": ' + "9" * 5000 + '}\n{"\\udc00": [1]}\n'
+    )
+    found = read(FileSource(kind="jsonl", path="faq.jsonl"), tmp_path)
+    assert found.rows == [{"q": "😀"}]
+    assert [row.place for row in found.bad] == ["faq.jsonl:1", "faq.jsonl:3", "faq.jsonl:4"]
+    assert "surrogates not allowed" in found.bad[0].reason and "hi" in found.bad[0].text
+    assert found.bad[1].reason == "not JSON (a number with too many digits)"
+    assert len(found.version()) == 64
+    (tmp_path / "huge_rows.py").write_text("def rows(): return [{'q': 10**5000}, {'q': '\\ud83d'}]\n")
+    found = read(PythonSource(kind="python", callable="huge_rows:rows"), tmp_path)
+    assert [row.place for row in found.bad] == ["rows(), row 1", "rows(), row 2"]
+    assert len(found.version()) == 64
+
+
+LINES = "".join(f'{{"q": "question {i} {i * 7919 % 9973}"}}\n' for i in range(3000)).encode()
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("cut.jsonl.gz", gzip.compress(LINES)[:300]),
+        ("half.jsonl.gz", gzip.compress(LINES)[:9000]),
+        ("flipped.jsonl.gz", gzip.compress(LINES)[:200] + b"\0\1\2\3" * 50 + gzip.compress(LINES)[400:]),
+        ("cut.jsonl.bz2", bz2.compress(LINES)[:300]),
+        ("cut.jsonl.xz", lzma.compress(LINES)[:300]),
+        ("junk.jsonl.xz", b"\xfd7zXZ\0" + b"junk" * 9),
+        ("junk.jsonl.zip", b"PK\3\4junk"),
+        ("cut.csv.gz", gzip.compress(b"q\n" + LINES.replace(b'"', b""))[:300]),
+    ],
+)
+def test_a_damaged_file_is_one_clear_error_and_lets_the_project_load(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    source = FileSource(kind=name.split(".")[1], path=name)
+    assert source_columns(source, tmp_path) in (None, ["q"])
+    with pytest.raises(SourceError, match=rf"{name}: cannot be read: "):
+        read(source, tmp_path)
+
+
+@pytest.fixture
+def ill_server() -> Iterator[str]:
+    """A web server that answers 503 to every path but /short.jsonl, whose body breaks off."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            short = self.path == "/short.jsonl"
+            self.send_response(200 if short else 503)
+            self.send_header("Content-Length", "1000")
+            self.end_headers()
+            self.wfile.write(b'{"q": 1}')
+
+        do_HEAD = do_GET
+
+        def log_message(self, format: str, *args: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, args=[0.02], daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_server_that_is_away_or_ill_may_be_asked_again(tmp_path, ill_server):
+    for url in ("http://127.0.0.1:1/away.jsonl", f"{ill_server}/ill.jsonl", f"{ill_server}/short.jsonl"):
+        source = FileSource(kind="jsonl", path=url)
+        with pytest.raises(SourceError, match=f"{url}: cannot be read: ") as caught:
+            read(source, tmp_path)
+        assert isinstance(caught.value.__cause__, OSError), "an OSError is tried again"
+        assert source_columns(source, tmp_path) is None
 
 
 @pytest.mark.parametrize(

@@ -155,6 +155,53 @@ def test_the_source_wins(tmp_path: Path, store: ArtifactStore) -> None:
     assert removed["feedback_conflict"] == 8 and removed["feedback_repeats"] == 8
 
 
+SPELLINGS = [
+    ("classification", str.upper, lambda label: f'"{label}".'),
+    (
+        "json",
+        lambda label: json.dumps({"state": label, "sure": 1}),
+        lambda label: json.dumps({"sure": 1.0, "state": label}, separators=(",", ":")),
+    ),
+]
+
+
+@pytest.mark.parametrize(("task", "in_source", "in_feedback"), SPELLINGS)
+def test_who_spells_a_target_in_another_way_contradicts_nobody(
+    tmp_path: Path, store: ArtifactStore, task: str, in_source: Any, in_feedback: Any
+) -> None:
+    rows = [{**row, "label": in_source(row["label"])} for row in source_rows()]
+    said = Said()
+    for row in source_rows()[:20]:
+        said.add(row["text"], in_feedback(row["label"]), key="honest")
+    for text in NEW:
+        said.add(text, in_feedback("off"), key="honest", answer=in_source("off"))
+        said.add(text, in_source("off"), key="another", answer=in_source("on"))
+    built = build(
+        tmp_path, store, said, rows, evaluation={"task": task, "segments": ["place"], "cluster": "kind"}
+    )
+    assert built.record["removed"].keys() <= {"feedback_repeats", "near_duplicate", "leak_near"}
+    assert built.record["feedback"]["keys"]["honest"]["contradictions"] == 0
+    found = {row["text"]: row for row in joined(store, built)}
+    assert set(found) == set(NEW)
+    assert {row["label"] for row in found.values()} <= {in_source("off"), in_feedback("off")}
+
+
+@pytest.mark.parametrize(("task", "in_source", "in_feedback"), SPELLINGS)
+def test_a_wrong_target_contradicts_the_source_however_it_is_spelled(
+    tmp_path: Path, store: ArtifactStore, task: str, in_source: Any, in_feedback: Any
+) -> None:
+    evaluation = {"task": task, "segments": ["place"], "cluster": "kind"}
+    rows = [{**row, "label": in_source(row["label"])} for row in source_rows()]
+    plain = build(tmp_path, store, rows=rows, evaluation=evaluation)
+    said = Said()
+    known = [(row["text"], in_feedback(row["label"])) for row in source_rows()[:100]]
+    poison(said, random.Random(5), known, [in_feedback(label) for label in LABELS], "mixed", 300)
+    said.add(NEW[0], in_feedback("off"), key="poisoner")
+    built = build(tmp_path, store, said, rows, evaluation=evaluation)
+    assert built.ref == plain.ref
+    assert not built.record["feedback"]["keys"]["poisoner"]["believed"]
+
+
 def test_where_users_disagree_nobody_is_believed(tmp_path: Path, store: ArtifactStore) -> None:
     said = Said()
     for text in NEW[:3]:
@@ -282,6 +329,7 @@ def test_whatever_is_said_the_source_stays_and_the_order_does_not_matter(
 def test_same_answer() -> None:
     assert same_answer('{"a": 1, "b": 2}', '{"b": 2,\n"a": 1}') and same_answer(" on\n", "on")
     assert not same_answer("on", "off") and not same_answer('{"a": 1}', '{"a": 2}')
+    assert same_answer("On.", "on", "classification") and not same_answer("On.", "on")
 
 
 def test_failures_in_production_are_remembered_newest_first(tmp_path: Path, store: ArtifactStore) -> None:

@@ -15,6 +15,7 @@ from ml_assets.datasets.snapshot import (
     load_manifest,
     load_rows,
     normalize,
+    same_target,
     write_snapshot,
 )
 from ml_assets.datasets.sources import BadRow, SourceRows
@@ -186,6 +187,32 @@ def test_target_that_cannot_fit_is_a_bad_row():
     assert build(rows, adapter={"max_length": 41}).removed == {}
 
 
+JSON = {"evaluation": {"task": "json"}}
+
+
+def orders(count: int, spelled=json.dumps) -> list[dict]:
+    return [{"q": f"{n} {question(n)}", "a": spelled({"item": n % 5, "of": ["ü"]})} for n in range(count)]
+
+
+def test_a_target_that_is_not_json_is_a_bad_row_where_json_is_scored():
+    broken = ["{", '{"n": NaN}', "9" * 5000, "[" * 5000, "[" * 600 + "]" * 600]
+    rows = [*orders(20), *({"q": f"broken {n}", "a": text} for n, text in enumerate(broken))]
+    with pytest.raises(SnapshotError, match=r"faq\.jsonl:21: the target is not JSON \(Expecting property"):
+        build(rows, **JSON)
+    snapshot = build(rows, max_bad_share=0.5, **JSON)
+    assert snapshot.removed == {"bad_row": 5}
+    assert not any("broken" in row["q"] for row in [*snapshot.train, *snapshot.evaluation])
+    assert build(rows, evaluation={"task": "text"}).removed == {}
+
+
+def test_a_target_that_is_not_json_without_its_personal_data_is_a_bad_row():
+    rows = [*orders(20), {"q": "the card of the shop", "a": '{"card": 4111111111111111}'}]
+    snapshot = build(rows, **JSON)
+    assert snapshot.removed == {"bad_row": 1}
+    assert "4111111111111111" not in json.dumps(snapshot.examples)
+    assert build([*rows[:-1], {**rows[-1], "a": '{"card": "4111111111111111"}'}], **JSON).removed == {}
+
+
 def test_a_segment_may_be_empty():
     rows = [{**row, "lang": None} for row in faq(20)]
     snapshot = build(rows, evaluation={"task": "text", "segments": ["lang"]})
@@ -237,6 +264,36 @@ def test_conflicting_labels_are_reported_and_removed():
         "the same input also has the target yes",
     }
     assert not any("open" in text.lower() for text in questions([*snapshot.train, *snapshot.evaluation]))
+
+
+def test_spelling_does_not_make_another_target():
+    rows = orders(60)
+    again = orders(60, lambda value: json.dumps(dict(reversed(value.items())), separators=(",", ":")))
+    assert not {row["a"] for row in rows} & {row["a"] for row in again}
+    plain = build(rows, **JSON)
+    for parent in (None, plain.evaluation):
+        both = build([*again, *rows], parent, **JSON)
+        assert both.removed == {"exact_duplicate": 60}
+        for side in ("train", "evaluation"):
+            assert questions(getattr(both, side)) == questions(getattr(plain, side)), "one row of each input"
+    spellings = {row["a"] for row in [*rows, *again]}
+    assert {row["a"] for row in [*both.train, *both.evaluation]} <= spellings, "as the source spells it"
+    respelled = build(again, plain.evaluation, **JSON)
+    assert respelled.evaluation == plain.evaluation, "frozen rows stay"
+    assert respelled.measured["conflicting_inputs"] == 0
+    assert build([*rows, {**rows[0], "a": '{"item": 7}'}], **JSON).removed == {"conflicting_label": 2}
+
+
+def test_what_is_the_same_target_is_what_scores_the_same():
+    def same(task, one, other):
+        return same_target(task, one) == same_target(task, other)
+
+    assert same("json", '{"a": 1, "b": "ü"}', '{"b":"\\u00fc","a":1.0}')
+    assert same("classification", "Spam", '"spam".') and not same("classification", "spam", "ham")
+    assert not same("json", '{"a": 1}', '{"a": true}') and not same("json", "[1, 2]", "[2, 1]")
+    assert not same("text", "Spam", "spam") and not same("text", '{"a":1}', '{"a": 1}')
+    assert not same("classification", "*", "**"), "where nothing is left of a label, its text counts"
+    assert same_target("json", '"\\ud83d ü"') == '"\\ud83d ü"', "half of a character stays an escape"
 
 
 LONG = "the committee met on monday to talk about the budget for the coming year and agreed on nothing at all"
@@ -314,6 +371,41 @@ def test_frozen_rows_without_a_column_of_the_new_prompt_go():
     prompt = {"user": "{q} ({hint})", "target": "{a}"}
     second = build(rows, first.evaluation, prompt=prompt)
     assert second.removed["parent_without_column"] == len(first.evaluation)
+
+
+def test_a_frozen_row_that_cannot_be_scored_goes():
+    from ml_assets.datasets.asset import REASONS
+
+    rows = orders(60)
+    first = build([{**row, "a": row["a"][:-1]} if n % 2 else row for n, row in enumerate(rows)])
+    broken = [row for row in first.evaluation if not row["a"].endswith("}")]
+    assert broken
+    second = build(rows, first.evaluation, **JSON)
+    assert second.removed == {"parent_unscorable": len(broken)}
+    assert set(second.removed) <= set(REASONS)
+    assert questions(second.evaluation) == questions(first.evaluation), "as the source has them today"
+    assert all(json.loads(row["a"]) for row in second.evaluation)
+    assert build(rows, first.evaluation).measured["kept_from_parent"] == len(first.evaluation)
+
+
+def test_frozen_rows_get_the_group_that_is_asked_for_later():
+    rows = [{**row, "g": f"conversation {n // 5}"} for n, row in enumerate(faq(200))]
+    group_of = {row["q"]: row["g"] for row in rows}
+    first = build(rows)
+    gone, corrected = first.evaluation[0]["q"], first.evaluation[1]["q"]
+    today = [
+        {**row, "a": "another answer"} if row["q"] == corrected else row for row in rows if row["q"] != gone
+    ]
+    second = build(today, first.evaluation, group_by="g")
+    assert questions(first.evaluation) <= questions(second.evaluation)
+    assert len(questions(second.evaluation)) == len(second.evaluation), "no row twice"
+    assert [row["q"] for row in second.evaluation if not row["g"]] == [gone]
+    assert second.measured["kept_without_group"] == 1
+    evaluating = {group_of[row["q"]] for row in second.evaluation if row["q"] != gone}
+    assert second.train and not evaluating & {row["g"] for row in second.train}
+    third = build(today, second.evaluation, group_by="g")
+    assert (third.train, third.evaluation) == (second.train, second.evaluation)
+    assert "kept_without_group" not in build(rows, group_by="g").measured
 
 
 def test_frozen_rows_follow_stricter_redaction():
