@@ -168,20 +168,31 @@ def _labels_import(settings: Settings, options: argparse.Namespace) -> int:
     from contextlib import closing
 
     from ml_assets.decisions.labels import LabelError, read_labels
-    from ml_assets.traffic.store import TrafficLog, UnknownRequest
+    from ml_assets.traffic.writer import (
+        Policy,
+        RedactionUnavailable,
+        TrafficWriter,
+        Unavailable,
+        UnknownRequest,
+    )
 
     stored, gone = 0, 0
     try:
         labels = list(read_labels(options.file))
     except LabelError as error:
         raise OperationError(str(error)) from error
-    with closing(TrafficLog(settings.traffic_url)) as log:
+    with _ledger(settings) as ledger, closing(TrafficWriter(settings.traffic_url)) as writer:
+        for name, release in ledger.newest_all().items():
+            writer.set_policy(name, Policy.of(release.traffic_policy))
+        writer.start()
         for request, key, answer in labels:
-            try:
-                log.give_feedback(request, key, None, answer)
+            try:  # as the gateway takes it, redacted
+                writer.give_feedback(request, key, None, answer).result()
                 stored += 1
             except UnknownRequest:
                 gone += 1
+            except (Unavailable, RedactionUnavailable) as error:
+                raise OperationError(f"{error} ({stored} right answers are stored)") from error
     print(f"{stored} right answers stored." + (f" {gone} requests are not kept any more." if gone else ""))
     return 0
 

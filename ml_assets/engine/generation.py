@@ -602,6 +602,9 @@ class FallbackDecoder:
     @torch.inference_mode()
     def step(self) -> list[Event]:
         self._waiting = [row for row in self._waiting if not row.cancelled]
+        for batch in self._batches:  # also those whose turn it is not: an adapter may be gone by then
+            batch.keep([i for i, row in enumerate(batch.rows) if not row.cancelled])
+        self._batches = deque(batch for batch in self._batches if batch.rows)
         if self._waiting:
             batch = _CacheBatch(self._base, self._waiting)
             self._waiting = []
@@ -651,10 +654,15 @@ class _CacheBatch:
         self._cache = out.past_key_values
         chosen, events, staying = _choose(self._base, self.rows, out.logits[:, -1])
         self._ids = chosen[:, None]
-        if len(staying) < len(self.rows):
-            index = torch.tensor(staying, dtype=torch.long, device=self._base.device)
-            if staying:
-                self._cache.batch_select_indices(index)
-            self._mask, self._ids = self._mask[index], self._ids[index]
-            self.rows = [self.rows[i] for i in staying]
+        self.keep(staying)
         return events
+
+    def keep(self, staying: list[int]) -> None:
+        """Let all other rows go."""
+        if len(staying) == len(self.rows):
+            return
+        index = torch.tensor(staying, dtype=torch.long, device=self._base.device)
+        if staying:
+            self._cache.batch_select_indices(index)
+        self._mask, self._ids = self._mask[index], self._ids[index]
+        self.rows = [self.rows[i] for i in staying]

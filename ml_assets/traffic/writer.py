@@ -12,7 +12,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from pydantic import ValidationError
-from sqlalchemy.exc import InterfaceError, OperationalError
+from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
 
 from ml_assets.datasets.redaction import RedactionUnavailable, Redactor, redactor
 from ml_assets.spec import DatasetSpec, TrafficSpec
@@ -28,8 +28,10 @@ BOUND = 10_000
 MAX_TEXT = 32_768
 """Characters of a text that are stored: a longer one is cut there, and ends with CUT."""
 CUT = "… [CUT]"
-LONGEST_SECRET = 1024
-"""Characters of a piece of personal data that the cut could divide."""
+LONGEST_SECRET = 16_384
+"""Characters of a piece of personal data that the cut could divide: so many more are looked at."""
+READ_ONLY = "25006"
+"""PostgreSQL's SQLSTATE of a server that takes no writes, such as a standby after a failover."""
 COMPLAINT_SECONDS = 60.0
 """Between two log lines about records of one customization that can't be stored."""
 RETRY_SECONDS = 2.0
@@ -74,7 +76,11 @@ class Policy:
     def kept_since(self, now: datetime) -> str:
         """Rows from before this time go."""
         unit = {"m": "minutes", "h": "hours", "d": "days"}[self.retention[-1]]
-        return (now - timedelta(**{unit: int(self.retention[:-1])})).isoformat(timespec="microseconds")
+        try:
+            since = now - timedelta(**{unit: int(self.retention[:-1])})
+        except OverflowError:  # before all calendars: nothing goes
+            since = datetime.min.replace(tzinfo=UTC)
+        return since.isoformat(timespec="microseconds")
 
 
 class TrafficWriter:
@@ -202,7 +208,9 @@ class TrafficWriter:
             if right_answer is not None:
                 right_answer = self._clean(right_answer, self._redactor(asked.customization))
             return store.give_feedback(request_id, key_id, rating, right_answer)
-        except (OperationalError, InterfaceError) as error:
+        except DBAPIError as error:
+            if not self._away(error):
+                raise
             raise Unavailable(f"the traffic database does not answer: {_first_line(error)}") from error
 
     # -- the writing thread ----------------------------------------------------------------------------
@@ -255,14 +263,15 @@ class TrafficWriter:
                     log.warning("traffic: the database answers again")
                 self._problem = None
                 return True
-            except (OperationalError, InterfaceError, NewerSchema, Unavailable, OSError) as error:
-                if not self._wait(error):
-                    # the process ends: what could not be written goes back, to be counted as lost
-                    with self._changed:
-                        self._queue.extendleft(reversed(clean))
-                    return False
-                clean = self._within_bound(clean)
             except Exception as error:
+                if self._away(error):
+                    if not self._wait(error):
+                        # the process ends: what could not be written goes back, to be counted as lost
+                        with self._changed:
+                            self._queue.extendleft(reversed(clean))
+                        return False
+                    clean = self._within_bound(clean)
+                    continue
                 if not clean:
                     log.error("traffic: counts were not stored", exc_info=error)
                     return True
@@ -275,6 +284,14 @@ class TrafficWriter:
                             self._queue.extendleft(reversed(clean))
                         return False
         return True
+
+    def _away(self, error: Exception) -> bool:
+        """Whether the database can't be written to now, whatever is to be stored."""
+        if isinstance(error, DBAPIError) and getattr(error.orig, "sqlstate", None) == READ_ONLY:
+            if self._log is not None:
+                self._log.engine.dispose()  # a connection stays with the server that it was made to
+            return True
+        return isinstance(error, (OperationalError, InterfaceError, NewerSchema, Unavailable, OSError))
 
     def _wait(self, error: Exception) -> bool:
         """Before another attempt; False when the gateway ends."""
@@ -319,7 +336,9 @@ class TrafficWriter:
             if self._log is None:
                 try:
                     self._log = TrafficLog(self.url)
-                except (OperationalError, InterfaceError, NewerSchema, OSError) as error:
+                except Exception as error:
+                    if not self._away(error):
+                        raise
                     raise Unavailable(_first_line(error)) from error
             return self._log
 
@@ -365,10 +384,13 @@ class TrafficWriter:
     @staticmethod
     def _clean(text: str, redact: Redactor) -> str:
         """Redacted, no longer than MAX_TEXT, and in characters that every database takes."""
-        cut = len(text) > MAX_TEXT
-        text = redact(text[:MAX_TEXT])[0]
-        if cut:  # what the cut may have divided was not recognized
-            text = text[:-LONGEST_SECRET] + CUT
+        seen = MAX_TEXT + LONGEST_SECRET
+        divided = len(text) > seen
+        text = redact(text[:seen])[0]
+        if divided:  # what that may have divided was not recognized
+            text = text[:-LONGEST_SECRET]
+        if divided or len(text) > MAX_TEXT:  # shorter than any that is whole
+            text = text[: MAX_TEXT - len(CUT) - 1] + CUT
         return text.encode("utf-8", "replace").decode().replace("\0", "\ufffd")
 
 

@@ -1,6 +1,7 @@
 import random
 import string
 import sys
+import time
 
 import pytest
 
@@ -216,6 +217,28 @@ def test_only_the_kinds_that_are_listed():
 def test_what_stands_beside_stays(text, expected):
     assert redactor(KINDS)(text)[0] == expected
     assert redactor(KINDS)(expected)[0] == expected, "what is redacted stays as it is"
+
+
+HOSTILE = [
+    " +1" + "2" * 60, "+1 2 3 4 5 6 7 ", " +12(0)3", "2", "012-34 ", "a", "a=", "!", "a@b.", "a@a-", "a.",
+    "-", "F:", "255.255.", "AB12 ", "1234 ", "pwd=", "pwd= ", "bearer ", "tel me  ", " ", "sk-a",
+    "eyJaaaaaaaaaa.", "-----BEGIN PRIVATE KEY-----", "-----BEGIN PRIVATE KEY-----\n-----END ", "QUJD/+",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("part", HOSTILE)
+def test_no_text_holds_the_interpreter(part):
+    """The time of the thread, so that other programs don't count: 0.1 s where backtracking is bounded."""
+    text = "a@" + (part * 32_768)[:32_765]
+    for kind in KINDS:
+        redact, begun = redactor([kind]), time.thread_time()
+        redact(text + "é")
+        assert time.thread_time() - begun < 0.8, kind
+
+
+def test_a_private_key_without_its_end_is_one():
+    key = "-----BEGIN RSA PRIVATE KEY-----\n" + "MIIEpAIBAAKCAQEA7\n" * 40
+    assert redactor(KINDS)(f"use {key}") == ("use [API_KEY]", {"api_key": 1})
 
 
 def test_presidio_that_is_not_installed_is_a_clear_error(monkeypatch):

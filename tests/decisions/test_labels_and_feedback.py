@@ -5,6 +5,7 @@ from contextlib import closing
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -82,10 +83,14 @@ def test_labels_are_redacted_as_the_release_says(tmp_path: Path) -> None:
     log = TrafficLog(Settings.from_env().traffic_url)
     log.append([record(1), replace(record(2), customization="open")])
     with closing(Ledger(Settings.from_env().ledger_url)) as ledger:
-        digest = {"base_digest": "b" * 64, "adapter_digest": "a" * 64, "report_digest": "c" * 64}
-        why = {"mlflow_version": "1", "run_id": "run", "actor": "test", "reason": "test"}
+        digest: dict[str, Any] = {
+            "base_digest": "b" * 64,
+            "adapter_digest": "a" * 64,
+            "report_digest": "c" * 64,
+        }
+        why: dict[str, Any] = {"mlflow_version": "1", "run_id": "run", "actor": "test", "reason": "test"}
         policy = {"redact": ["phone"], "retention": "90d"}
-        with ledger.release("open", "run") as transaction:
+        with ledger.release_transaction("open", "run") as transaction:
             transaction.record(Release("open", "tiny@0", **digest, **why, traffic_policy=policy))
     path = tmp_path / "labels.jsonl"
     rows = [

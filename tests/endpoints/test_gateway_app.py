@@ -286,6 +286,13 @@ def test_other_schemes_and_paths(served: Served) -> None:
         ({"model": "home", "messages": QUESTION, "temprature": 1}, "temprature", "not permitted"),
         ({"model": "home", "messages": QUESTION, "stop": [""]}, "stop", "not empty"),
         ({"model": "home", "messages": QUESTION, "stream_options": {}}, None, "stream"),
+        ({"model": "home", "messages": QUESTION, "stream": "yes"}, "stream", "stream: Input"),
+        (
+            {"model": "home", "messages": QUESTION, "stream": True, "stream_options": {"include_usage": 1}},
+            "stream_options.include_usage",
+            "boolean",
+        ),
+        ({"model": "home", "messages": [{"role": "user", "content": 3}]}, "messages.0.content", "string"),
         (b'{"model": "home", "messages": [{"role": "user", "content": "\\ud800"}]}', None, "Invalid JSON"),
         (b'{"model": "home", "messages": [], "temperature": NaN}', "messages", "at least 1"),
     ],

@@ -219,6 +219,9 @@ def test_the_last_feedback_wins_and_is_redacted(served: Served) -> None:
         ({"id": "x", "right_answer": ""}, "right_answer"),
         ({"id": "x", "right_answer": "a" * 32_769}, "right_answer"),
         ({"id": "x" * 65, "rating": "up"}, "id"),
+        ({"id": "x\0", "rating": "up"}, "id"),
+        ({"id": "x y", "rating": "up"}, "id"),
+        ({"id": "x\n", "rating": "up"}, "id"),
         ({"id": "x", "rating": "up", "comment": "no"}, "comment"),
     ],
 )

@@ -207,6 +207,30 @@ def test_mixed_adapters_equal_each_alone(world: Any, packs: bool) -> None:
     assert [a.token_ids for a in some] == [alone[("a", "later")[i % 2], i] for i in range(len(asked))]
 
 
+@pytest.mark.parametrize("packs", [True, False])
+def test_the_adapter_of_a_cancelled_row_may_go_at_once(packs: bool, tmp_path: Path) -> None:
+    base = sharp_base("llama", tmp_path, packs)
+    for seed, name in enumerate("ab"):
+        add_adapter(base, name, seed)
+    asked = prompts(base)
+    plain, other = (run(Decoder(base), [Row(asked[i], 8, name)])[0] for i, name in ((1, None), (2, "b")))
+    decoder = Decoder(base) if packs else FallbackDecoder(base)
+    gone, stays, later = Row(asked[0], 8, "a"), Row(asked[1], 8), Row(asked[2], 8, "b")
+    tokens: dict[Row, list[int]] = {gone: [], stays: [], later: []}
+    for row in (gone, stays):
+        decoder.add(row)
+    collect(tokens, decoder.step())
+    decoder.add(later)
+    collect(tokens, decoder.step())
+    decoder.cancel(gone)
+    decoder.forget("a")
+    base.lora.remove("a")
+    while decoder.rows:
+        collect(tokens, decoder.step())
+    assert len(tokens[gone]) < 3
+    assert (tokens[stays], tokens[later]) == (plain, other)
+
+
 def test_many_adapters_in_one_batch(tmp_path: Path) -> None:
     base = sharp_base("qwen2", tmp_path)
     names = [f"adapter {i}" for i in range(20)]

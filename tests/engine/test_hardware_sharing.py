@@ -1,6 +1,8 @@
 """Processes of one deployment see whether another one computes, however it ended."""
 
 import os
+import queue
+import resource
 import signal
 import subprocess
 import sys
@@ -42,6 +44,30 @@ def test_a_neighbour_is_seen_until_it_ends(tmp_path: Path) -> None:
         os.kill(child.pid, signal.SIGKILL)
         child.wait()
     assert not neighbours(home)
+
+
+def test_where_no_file_can_be_opened_no_neighbour_is_known(tmp_path: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, hard))
+    try:
+        found = neighbours(tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert not found
+
+
+def test_a_gateway_that_can_not_compute_any_more_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("EVERGREEN_HOME", str(tmp_path))
+    codes: queue.Queue[int] = queue.Queue()
+    monkeypatch.setattr(os, "_exit", codes.put)
+    engine = Engine(ArtifactStore(str(tmp_path / "artifacts")))
+    engine._jobs.append(lambda: engine._bases["gone"].base.detach("adapter"))
+    engine.start()
+    assert codes.get(timeout=20) == 1
+    assert "KeyError: 'gone'" in caplog.text
+    engine.close()
 
 
 def test_only_one_thread_of_the_gateway_computes_with_all_cores(

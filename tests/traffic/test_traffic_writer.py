@@ -18,6 +18,7 @@ from ml_assets.traffic import writer as writer_module
 from ml_assets.traffic.store import TrafficLog
 from ml_assets.traffic.writer import (
     CUT,
+    LONGEST_SECRET,
     MAX_TEXT,
     Busy,
     Policy,
@@ -158,6 +159,27 @@ def test_long_texts_are_cut(start: Callable[..., Running]) -> None:
     assert "someone" not in second.messages[0]["content"]
 
 
+@pytest.mark.parametrize("begin", ["", "a@example.com, " * 2000])
+@pytest.mark.parametrize("whole", [True, False])
+def test_no_part_of_a_secret_that_the_cut_divides_is_stored(
+    start: Callable[..., Running], begin: str, whole: bool
+) -> None:
+    body = "MIIJKAIBAAKCAgEA4f5wg5l2hKsTeNem" * 100
+    secrets = [f"-----BEGIN RSA PRIVATE KEY-----\n{body}\n" + "-----END RSA PRIVATE KEY-----" * whole]
+    secrets.append(f"eyJhbGciOiJSUzI1NiJ9.{body}.{body}")
+    running = start()
+    for secret in secrets:
+        for cut in (MAX_TEXT, MAX_TEXT + LONGEST_SECRET):
+            for inside in (50, 1500, 3000):
+                before = begin + "x " * ((cut - inside - len(begin)) // 2)
+                running.writer.put(record(asked=f"{before}{secret}{' and more' * 5000 * whole}"))
+    assert running.writer.flush()
+    texts = [found.messages[0]["content"] for found in running.read().requests("home")]
+    assert len(texts) == 12
+    assert not any("MII" in text for text in texts)
+    assert max(map(len, texts)) <= MAX_TEXT
+
+
 def test_odd_characters_are_stored(start: Callable[..., Running]) -> None:
     running = start()
     running.writer.put(record(asked="\ud800 \0 \U0010ffff", answer="\udfff", metadata={"\0": "\ud800"}))
@@ -222,6 +244,12 @@ def test_a_record_that_no_database_takes_does_not_hold_up_the_others(start: Call
     assert running.counts["home", "refused"] >= 1
     running.writer.put(record())
     assert running.writer.flush()
+
+
+def test_a_retention_longer_than_the_calendar_keeps_all() -> None:
+    for retention in ("999999d", f"{10**20}m"):
+        since = Policy.of({"redact": [], "retention": retention}).kept_since(datetime.now(UTC))
+        assert since < record().at, retention
 
 
 def test_rows_past_their_retention_go(start: Callable[..., Running], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -301,3 +329,42 @@ def test_postgresql_may_cut_its_connections(tmp_path: Path, monkeypatch: pytest.
         assert log.feedback("home")[0].feedback == said
         log.close()
         engine.dispose()
+
+
+@pytest.mark.slow
+def test_a_postgresql_server_that_takes_no_writes_is_away(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Also its connections are: after a failover they lead to what is a standby now."""
+    monkeypatch.setattr(writer_module, "RETRY_SECONDS", 0.02)
+    with private_postgres() as url:
+        counts: Counter[str] = Counter()
+        options = {"seconds": 0.001, "counted": lambda _, outcome, n: counts.update({outcome: n})}
+        admin = sa.create_engine(url, isolation_level="AUTOCOMMIT")
+        with admin.connect() as connection:
+
+            def take_writes(value: str) -> None:
+                connection.execute(
+                    sa.text(f"ALTER DATABASE postgres SET default_transaction_read_only = {value}")
+                )
+
+            TrafficLog(url).close()
+            take_writes("on")
+            writer = TrafficWriter(url, **options)
+            writer.start()
+            asked = [record(), record()]
+            for one in asked:
+                writer.put(one)
+            eventually(lambda: "the database is away" in caplog.text)
+            take_writes("off")
+            assert writer.flush() and counts == {"stored": 2}
+            take_writes("on")
+            assert writer._log is not None
+            writer._log.engine.dispose()
+            for _ in range(2):
+                with pytest.raises(Unavailable, match="read-only"):
+                    writer.give_feedback(asked[0].id, asked[0].key_id, 1, None).result(20)
+            take_writes("off")
+            assert writer.give_feedback(asked[0].id, asked[0].key_id, 1, "a\0b").result(20).seq
+        writer.close()
+        admin.dispose()

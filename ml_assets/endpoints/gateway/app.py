@@ -5,6 +5,7 @@ import asyncio
 import contextlib
 import json
 import logging
+import re
 import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -18,6 +19,7 @@ from fastapi import FastAPI, Request
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from pydantic import BaseModel, ValidationError
+from sqlalchemy.exc import SQLAlchemyError
 from starlette.exceptions import HTTPException
 from starlette.routing import BaseRoute, Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -242,7 +244,7 @@ def create_app(
             message = f"{asked.customization}: the ledger says {says and says[:12]}, "
             message += f"the request {asked.adapter_digest and asked.adapter_digest[:12]}"
             raise ApiError(409, "not_in_ledger", message)
-        version = engine.activate(asked.customization, asked.adapter_digest)
+        version = engine.activate(asked.customization, asked.adapter_digest, current.id if current else 0)
         if traffic is not None and current is not None:
             traffic.set_policy(asked.customization, Policy.of(current.traffic_policy))
         log.info("%s: now served by adapter %s", asked.customization, says)
@@ -273,7 +275,11 @@ async def _restore(
     restored.set()
     while waiting:
         await asyncio.sleep(RESTORE_SECONDS)
-        released = await run_in_threadpool(ledger.current_all)
+        try:
+            released = await run_in_threadpool(ledger.current_all)
+        except SQLAlchemyError as error:
+            log.warning("the ledger can't be read; trying again: %s", error)
+            continue
         waiting = [
             name for name in waiting if name in released and not await _serve_again(engine, released[name])
         ]
@@ -293,7 +299,7 @@ async def _serve_again(engine: Engine, release: Release) -> bool:
     )
     try:
         await engine.stage(version, give_way=True)
-        engine.activate(name, release.adapter_digest)
+        engine.activate(name, release.adapter_digest, release.id)
         log.info("%s: served by adapter %s again", name, release.adapter_digest)
     except ApiError as error:
         if name in engine.served or error.code == "overtaken":
@@ -561,7 +567,7 @@ async def _parse(model: type[B], request: Request) -> B:
     except ValidationError as error:
         problem = error.errors(include_url=False, include_input=False, include_context=False)[0]
         # in a union such as `content`, the names of its branches are no fields
-        where = [part for part in problem["loc"] if not str(part).startswith(("list[", "str", "function-"))]
+        where = [part for part in problem["loc"] if not re.match(r"list\[|function-|str$", str(part))]
         param = ".".join(map(str, where)) or None
         code = "invalid_json" if problem["type"] == "json_invalid" else "invalid_request"
         text = f"{param}: {problem['msg']}" if param else problem["msg"]

@@ -10,6 +10,7 @@ import contextlib
 import copy
 import logging
 import math
+import os
 import secrets
 import threading
 import time
@@ -112,6 +113,8 @@ class Version:
     measured: dict[str, list[float]] = field(default_factory=dict)
     leases: int = 0
     retired: bool = False
+    release: int = 0
+    """Row of the ledger that it was put to work for."""
 
     @property
     def text(self) -> BaseText:
@@ -143,6 +146,7 @@ class Version:
             "base_digest": self.base_digest,
             "adapter_digest": self.adapter_digest,
             "engine": self.engine,
+            "release": self.release,
         }
 
     def conversation(self, messages: Sequence[Mapping[str, str]]) -> list[Mapping[str, str]]:
@@ -372,8 +376,9 @@ class Engine:
         # loaded, it is known who is to be asked
         return await asyncio.wrap_future(self._loader_of(version).submit(self._prove, version, give_way))
 
-    def activate(self, customization: str, adapter_digest: str | None) -> Version | None:
-        """From now on the staged version answers new requests; with None, nothing does.
+    def activate(self, customization: str, adapter_digest: str | None, release: int = 0) -> Version | None:
+        """From now on the staged version answers new requests, for this row of the ledger; with None,
+        nothing does.
 
         Raises ApiError (409) when that version is neither staged nor serving.
         """
@@ -385,6 +390,7 @@ class Engine:
                 self._retire(serving)
                 return None
             if staged is not None and staged.adapter_digest == adapter_digest:
+                staged.release = release
                 self.served[customization] = self.staged.pop(customization)
                 self.unserved.pop(customization, None)
                 self._retire(serving)
@@ -683,6 +689,14 @@ class Engine:
     # -- the computing thread --------------------------------------------------------------------------
 
     def _work(self) -> None:
+        try:
+            self._work_until_closed()
+        except BaseException:
+            # a gateway that looks ready and answers nothing is worse than one that is started again
+            log.critical("the computing thread failed, the gateway ends", exc_info=True)
+            os._exit(1)
+
+    def _work_until_closed(self) -> None:
         from ml_assets.engine import hardware
 
         hardware.prepare_process()

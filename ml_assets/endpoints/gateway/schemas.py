@@ -144,7 +144,7 @@ class ChatRequest(Body):
 class FeedbackRequest(Body):
     """POST /v1/feedback: what a user says about the answer with this id."""
 
-    id: str = Field(min_length=1, max_length=64)
+    id: str = Field(min_length=1, max_length=64, pattern=r"^[!-~]*$")  # PostgreSQL takes no NUL
     rating: Literal["up", "down"] | None = None
     right_answer: str | None = Field(default=None, min_length=1, max_length=MAX_RIGHT_ANSWER)
 
