@@ -270,7 +270,7 @@ class DecisionBook:
             .group_by(_decisions.c.customization)
         )
         with self._engine.connect() as connection:
-            return dict(connection.execute(query).tuples().all())
+            return {row[0]: row[1] for row in connection.execute(query)}
 
     def open(self) -> list[History]:
         """Everything that is to be done or under way."""

@@ -185,7 +185,7 @@ class Ledger:
         columns = (_releases.c.customization, _releases.c.base_revision)
         with self.engine.connect() as connection:
             rows = connection.execute(sa.select(*columns).where(_releases.c.id.in_(latest)))
-            return dict(rows.tuples().all())
+            return {row[0]: row[1] for row in rows}
 
     def history(self, customization: str, limit: int | None = None) -> list[Release]:
         """All rows of a customization, newest first."""
