@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -41,6 +42,8 @@ from ml_assets.spec import CustomizationSpec, PythonMetric
 
 if TYPE_CHECKING:
     from ml_assets.engine.loading import Base
+
+_log = logging.getLogger(__name__)
 
 KIND = "eval_report"
 REPORT_VERSION = "5"
@@ -138,8 +141,8 @@ def build_report(
     compute = hardware.hardware_class(home)
     serving = champion.adapter.digest if champion else None
     key = report_key(spec, root, adapter, dataset, base_model, serving, compute, looks, look)
-    if known := store.recall(KIND, key):
-        return _opened(store, known[0], known[1], reused=True)
+    if built := _recalled(store, key):
+        return built
     if serving == adapter.digest:
         champion = None
 
@@ -202,8 +205,8 @@ def with_climb(
 
     body = climb.table()
     key = sha256_bytes(canonical_json({"report": built.ref.digest, "climb": body, "code": REPORT_VERSION}))
-    if known := store.recall(KIND, key):
-        return _opened(store, known[0], known[1], built.reused)
+    if known := _recalled(store, key):
+        return replace(known, reused=built.reused)
     text = (built.directory / "rows.jsonl").read_text(encoding="utf-8")
     lines = [json.loads(line) for line in text.split("\n") if line]
     ref = _publish(store, built.summary | {"climb": body}, lines)
@@ -214,6 +217,16 @@ def with_climb(
     once_serving = report_key(spec, root, adapter, dataset, base_model, adapter.digest, compute)
     store.remember(KIND, once_serving, ref, built.record)
     return _opened(store, ref, built.record, built.reused)
+
+
+def _recalled(store: ArtifactStore, key: str) -> BuiltReport | None:
+    """The report that was published under this key; None where there is none, or it is damaged."""
+    if known := store.recall(KIND, key):
+        try:
+            return _opened(store, *known, reused=True)
+        except ArtifactError as error:
+            _log.warning("reported again, because what was published is damaged: %s", error)
+    return None
 
 
 def _opened(store: ArtifactStore, ref: ArtifactRef, record: dict[str, Any], reused: bool) -> BuiltReport:

@@ -6,6 +6,7 @@ on, so that a retrain does not repeat the base arms, and a candidate that became
 """
 
 import json
+import logging
 import math
 import random
 import time
@@ -14,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from ml_assets.artifacts import ArtifactStore, canonical_json, sha256_bytes
+from ml_assets.artifacts import ArtifactError, ArtifactStore, canonical_json, sha256_bytes
 from ml_assets.datasets.snapshot import normalize
 from ml_assets.engine.examples import Examples, put_before
 from ml_assets.engine.hosted import HostedModel, asked_for_labels, exact_label
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from ml_assets.engine.loading import Base
 
     AnyBase = Base | HostedModel
+
+_log = logging.getLogger(__name__)
 
 ArmName = Literal["zero_shot", "few_shot", "adapter", "champion"]
 ANSWERS = "answers"
@@ -194,8 +197,11 @@ def answer(
     )
     known = store.recall(ANSWERS, key) if store else None
     if store and known:
-        lines = (store.open(known[0]) / "answers.jsonl").read_text(encoding="utf-8").split("\n")
-        return [Answer(**json.loads(line)) for line in lines if line], None
+        try:
+            lines = (store.open(known[0]) / "answers.jsonl").read_text(encoding="utf-8").split("\n")
+            return [Answer(**json.loads(line)) for line in lines if line], None
+        except ArtifactError as error:
+            _log.warning("asked again, because the answers that were kept are damaged: %s", error)
     if isinstance(base, HostedModel):
         answers, seconds = _ask(base, conversations, max_new_tokens, labels, on_progress)
     else:

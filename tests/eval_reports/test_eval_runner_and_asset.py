@@ -196,6 +196,17 @@ def test_retrained_adapter_does_not_repeat_the_base_arms(
     assert set(built.summary["arms"]) == {"zero_shot", "few_shot", "adapter", "champion"}
 
 
+def test_damaged_reports_and_answers_are_made_again(inputs: Inputs) -> None:
+    adapter = inputs.adapter()
+    first = report(inputs, adapter)
+    answers = [path for path in (inputs.home / "artifacts" / "answers").iterdir() if path.is_dir()]
+    for damaged in (first.directory / "rows.jsonl", *(path / "answers.jsonl" for path in answers)):
+        damaged.chmod(0o644)
+        damaged.write_bytes(b"{}")
+    again = report(inputs, adapter)
+    assert (again.ref, again.reused) == (first.ref, False) and report(inputs, adapter).reused
+
+
 def test_the_bare_base_answers_fewer_rows_where_a_champion_decides(
     inputs: Inputs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
