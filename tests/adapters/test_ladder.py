@@ -334,29 +334,36 @@ def killed(*_: Any, **__: Any) -> None:
     raise Killed
 
 
+PAUSE = 0.3
+
+
+def climb_until_killed(world: World, base: str, spec: CustomizationSpec) -> None:
+    """A climb that is killed in its training, after a step that took PAUSE seconds."""
+
+    def slow_then_killed(progress: Any) -> None:
+        if progress.step == 1:
+            time.sleep(PAUSE)
+        if progress.step == 4:
+            raise Killed
+
+    with pytest.raises(Killed):
+        world.climb(base, spec, on_progress=slow_then_killed, checkpoint_seconds=0.0)
+
+
 def test_what_a_killed_climb_had_spent_on_a_training_counts(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Killed within the full training, and again in the evaluation after it."""
     spec = specification(["full"], {"steps": 6})
     world.champion(spec)
-    pause = 0.3
-
-    def slow_then_killed(progress: Any) -> None:
-        if progress.step == 1:
-            time.sleep(pause)
-        if progress.step == 4:
-            raise Killed
-
-    with pytest.raises(Killed):
-        world.climb("unlike", spec, on_progress=slow_then_killed, checkpoint_seconds=0.0)
+    climb_until_killed(world, "unlike", spec)
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(ladder_module, "build_report", killed)
         world.climb("unlike", spec, checkpoint_seconds=0.0)
     climbed = world.climb("unlike", spec)
     [full] = climbed.climb.rungs
     record = climbed.adapter.record
-    assert record["resumed_from"] == 3 and record["earlier_seconds"] > pause
+    assert record["resumed_from"] == 3 and record["earlier_seconds"] > PAUSE
     assert full.training_seconds == pytest.approx(record["seconds"] + record["earlier_seconds"])
     assert climbed.climb.full_from == "measured" and climbed.climb.saved == pytest.approx(0.0)
 
@@ -364,19 +371,10 @@ def test_what_a_killed_climb_had_spent_on_a_training_counts(
 def test_a_resumed_training_counts_what_came_before(world: World) -> None:
     spec = specification(["full"], {"steps": 6})
     world.champion(spec)
-    pause = 0.3
-
-    def slow_then_killed(progress: Any) -> None:
-        if progress.step == 1:
-            time.sleep(pause)
-        if progress.step == 4:
-            raise Killed
-
-    with pytest.raises(Killed):
-        world.climb("wide", spec, on_progress=slow_then_killed, checkpoint_seconds=0.0)
+    climb_until_killed(world, "wide", spec)
     climbed = world.climb("wide", spec)
     [full] = climbed.climb.rungs
-    assert full.training_seconds > climbed.adapter.record["seconds"] + pause
+    assert full.training_seconds > climbed.adapter.record["seconds"] + PAUSE
     assert climbed.climb.seconds > climbed.seconds, "the budget has what this process took"
 
 

@@ -95,6 +95,14 @@ class World:
         self.book.note(name, "candidate", facts | {"dataset": "d" * 64, "source_version": "v"})
         self.book.record_cost(Cost(name, "training", revision, f"run-{name}", seconds, 100))
 
+    def plan(self, content: str) -> str:
+        """A revision that is published, passes its probe, and is planned."""
+        revision = self.publish(content)
+        self.tick()
+        self.settle(revision)
+        self.tick()
+        return revision
+
     def first(self) -> str:
         """A first revision on which all customizations serve."""
         revision = self.publish("first")
@@ -182,10 +190,8 @@ def test_a_new_revision_is_probed_planned_shown_and_then_one_backfill(world: Wor
 
 def test_a_person_who_cancels_the_backfill_is_obeyed(world: World) -> None:
     world.first()
-    second = world.publish("second")
+    second = world.plan("second")
     world.tick()
-    world.settle(second)
-    world.tick(), world.tick()
     [backfill] = world.backfills()
     world.end(backfill, BulkActionStatus.CANCELED)
     for _ in range(3):
@@ -218,10 +224,8 @@ def test_a_broken_revision_stops_and_does_not_hold_up_the_next(world: World, che
 def test_a_check_that_fails_on_what_serves_too_is_no_reason(world: World) -> None:
     (world.home / "failed_checks").write_text("tokenizer_round_trip")
     world.first()
-    second = world.publish("second")
+    world.plan("second")
     world.tick()
-    world.settle(second)
-    world.tick(), world.tick()
     assert len(world.backfills()) == 1
 
 
@@ -248,10 +252,8 @@ def test_what_does_not_fit_the_budget_is_recorded_and_the_rest_starts(
         spec("three", 10, migration={"mode": "record"}),
     )
     world.first()
-    second = world.publish("second")
+    second = world.plan("second")
     world.tick()
-    world.settle(second)
-    world.tick(), world.tick()
     states = {name: one.state for name, one in world.decided(second).items()}
     assert states == {"one": "under way", "two": "blocked_by_budget", "three": "record_only"}
     assert any("two" in title and "budget" in title for title in world.alerts())
@@ -291,10 +293,7 @@ def test_claimed_and_then_dead(world: World) -> None:
     """A tick that dies after it has claimed, or after it has put decisions together: nothing is lost and
     nothing is done twice."""
     world.first()
-    second = world.publish("second")
-    world.tick()
-    world.settle(second)
-    world.tick()
+    second = world.plan("second")
     decisions = [one.decision for one in world.decided(second).values()]
     for decision in decisions:
         assert world.book.claim(decision, NO_LIMITS, NO_LIMITS, 0.0) is None
@@ -308,10 +307,7 @@ def test_claimed_and_then_dead(world: World) -> None:
 
 def test_a_customization_that_is_busy_is_carried_over_later(world: World) -> None:
     world.first()
-    second = world.publish("second")
-    world.tick()
-    world.settle(second)
-    world.tick()
+    world.plan("second")
     run = create_run_for_test(
         world.instance,
         job_name="one__update",
@@ -328,10 +324,7 @@ def test_a_customization_that_is_busy_is_carried_over_later(world: World) -> Non
 
 def test_a_newer_revision_takes_the_place_of_one_that_was_not_begun(world: World) -> None:
     world.first()
-    second = world.publish("second")
-    world.tick()
-    world.settle(second)
-    world.tick()
+    second = world.plan("second")
     third = world.publish("third")
     world.tick()
     assert {one.state for one in world.decided(second).values()} == {"to do"}, "it is not known to be better"
@@ -344,10 +337,7 @@ def test_a_newer_revision_takes_the_place_of_one_that_was_not_begun(world: World
 
 def test_a_newer_revision_that_is_broken_does_not_take_that_place(world: World) -> None:
     world.first()
-    second = world.publish("second")
-    world.tick()
-    world.settle(second)
-    world.tick()
+    second = world.plan("second")
     broken = world.publish("broken")
     for _ in range(2):
         world.tick()
@@ -369,14 +359,9 @@ def carry(world: World, revision: str) -> None:
 
 def test_a_revision_that_is_published_again_is_migrated_to_again(world: World) -> None:
     world.first()
-    second = world.publish("second")
+    second = world.plan("second")
+    third = world.plan("third")
     world.tick()
-    world.settle(second)
-    world.tick()
-    third = world.publish("third")
-    world.tick()
-    world.settle(third)
-    world.tick(), world.tick()
     assert {one.state for one in world.decided(second).values()} == {"dropped"}
     carry(world, third)
     assert {one.state for one in world.decided(third).values()} == {"succeeded"}
@@ -398,10 +383,7 @@ def test_what_left_a_family_is_not_carried_back(world: World) -> None:
     for _ in range(3):
         world.tick()
     assert world.book.migrations() == []
-    second = world.publish("second")
-    world.tick()
-    world.settle(second)
-    world.tick()
+    second = world.plan("second")
     assert set(world.decided(second)) == {"one", "two"} and world.decided(first) == {}
 
 
