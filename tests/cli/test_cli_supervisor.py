@@ -151,7 +151,7 @@ def test_stopping_ends_what_ignores_term(supervise, tmp_path, monkeypatch):
     ready = tmp_path / "ready"
     supervisor = supervise("sh", "-c", f"trap '' TERM; touch {ready}; sleep 60 & sleep 60; sleep 60")
     wait_for(ready.exists)
-    group = supervisor.processes["it"].pid
+    group = wait_for(lambda: supervisor.processes.get("it")).pid  # it may be quicker than its supervisor
     supervisor.stop()
     wait_for(lambda: not module._group_lives(group))
 
@@ -202,7 +202,7 @@ def test_a_program_runs_though_who_it_is_can_not_be_written(
     wait_for(lambda: [r for r in caplog.records if (r.name, r.getMessage()) == ("it", "hello")])
     os.kill(int(lines(starts)[0]), signal.SIGKILL)
     wait_for(lambda: len(lines(starts)) == 2)
-    assert supervisor.processes["it"].poll() is None
+    wait_for(lambda: supervisor.processes["it"].poll() is None)
 
 
 def test_a_program_that_could_not_be_started_is_tried_again(settings, monkeypatch, caplog):
