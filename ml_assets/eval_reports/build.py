@@ -172,11 +172,6 @@ def build_report(
     return _opened(store, ref, record, reused=False)
 
 
-def _by_arm(lines: Sequence[Row]) -> list[Row]:
-    arms = list(dict.fromkeys(line["arm"] for line in lines))
-    return sorted(lines, key=lambda line: (arms.index(line["arm"]), line["row"]))
-
-
 def _publish(store: ArtifactStore, summary: dict[str, Any], lines: list[Row]) -> ArtifactRef:
     text = "".join(json.dumps(line, ensure_ascii=False, sort_keys=True) + "\n" for line in lines)
     return store.publish(
@@ -266,15 +261,9 @@ def _evaluate(
         if examples:
             bare_arms.append(Arm("few_shot", examples=examples))
     candidate = adapter_arm("adapter", adapter, store.open(adapter))
-    # Where a champion decides, the bare base only shows what an adapter is for. These rows are asked on their
-    # own without a champion as well: their answers are kept for the next candidate.
-    few, others = questions.split(evaluation.base_rows)
+    # where a champion decides, the bare base only shows what an adapter is for
+    few = questions.first(evaluation.base_rows) if champion else questions
     lines, seconds = few.ask(base, bare_arms)
-    if not champion and others:
-        more, more_seconds = others.ask(base, bare_arms)
-        lines = _by_arm([*lines, *more])
-        for name, took in more_seconds.items():
-            seconds[name] = [*(seconds[name] or []), *(took or [])] or None
     more, more_seconds = questions.ask(base, [candidate])
     lines, seconds = lines + more, seconds | more_seconds
     forgotten = 0.0 if isinstance(base, HostedModel) or not candidate.adapter else forgetting(base, "adapter")
@@ -379,22 +368,17 @@ class _Questions:
         failures = production_failures([*train_rows, *held_out], spec.feedback.must_pass)
         return cls(spec, store, compute, train_rows, rows, must_pass, failures, columns, on_progress)
 
-    def split(self, count: int | None) -> "tuple[_Questions, _Questions | None]":
-        """The first `count` sampled rows, and all others, if there are any."""
+    def first(self, count: int | None) -> "_Questions":
+        """The first `count` sampled rows, with those of the others that are the same."""
         if count is None or count >= len(self.rows):
-            return self, None
+            return self
         prompt, rows = self.spec.prompt, self.rows[:count]
         here = {question_of(prompt, row) for row in rows}
-
-        def parted(some: Sequence[Mapping[str, Any]], first: bool) -> list[Mapping[str, Any]]:
-            return [row for row in some if (question_of(prompt, row) in here) == first]
-
-        # a row that is a sampled one as well stays with it: it is asked once
-        few, others = (
-            replace(self, rows=part, must_pass=parted(self.must_pass, i), failures=parted(self.failures, i))
-            for part, i in ((rows, True), (self.rows[count:], False))
+        must_pass, failures = (
+            [row for row in some if question_of(prompt, row) in here]
+            for some in (self.must_pass, self.failures)
         )
-        return few, others
+        return replace(self, rows=rows, must_pass=must_pass, failures=failures)
 
     def ask(
         self, base: "Base | HostedModel", arms: list[Arm], asked_with: Mapping[str, Any] | None = None

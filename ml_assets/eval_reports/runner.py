@@ -1,8 +1,9 @@
 """Runs the arms of an evaluation on a loaded base, and turns answers into one line per row.
 
 An arm is a way to get answers: the bare base without examples (`zero_shot`) or with some (`few_shot`), the
-candidate (`adapter`), and what serves today (`champion`). Answers are memoized by everything that they depend
-on, so that a retrain does not repeat the base arms, and a candidate that became champion is not asked again.
+candidate (`adapter`), and what serves today (`champion`). Answers are kept, row by row, by everything that
+they depend on: a retrain does not repeat the base arms, a candidate that became champion is not asked again,
+and of a dataset that grew only the new rows are asked.
 """
 
 import json
@@ -32,6 +33,8 @@ _log = logging.getLogger(__name__)
 
 ArmName = Literal["zero_shot", "few_shot", "adapter", "champion"]
 ANSWERS = "answers"
+ANSWERS_KEPT = 20_000
+"""Of one arm; those that were asked last."""
 RUNNER_VERSION = "2"
 """Raise when the same inputs would give other answers or other lines."""
 
@@ -170,14 +173,16 @@ def answer(
     max_new_tokens: int,
     arm: Arm,
     *,
+    scope: str = "",
     store: ArtifactStore | None = None,
     compute: str = "",
     on_progress: Callable[[int, int], None] | None = None,
 ) -> tuple[list[Answer], list[float] | None]:
-    """Answers of one arm, greedy or the most probable of its labels, and seconds per answer (None when they
-    come from the memo).
+    """Answers of one arm, greedy or the most probable of its labels, and seconds of each that was not kept
+    from an earlier time (None when all were).
 
-    `names` are row hashes for messages, `compute` the hardware class, on which rounding depends.
+    `names` are row hashes for messages, `scope` says whose answers are kept together, `compute` is the
+    hardware class, on which rounding depends.
     Raises EvaluationError that names the row whose prompt leaves no room for an answer, HostedError where a
     hosted model is asked.
     """
@@ -188,28 +193,64 @@ def answer(
                 "version": RUNNER_VERSION,
                 "base": base.manifest["identity"],
                 "adapter": arm.identity,
-                "conversations": [list(messages) for messages in conversations],
-                "max_new_tokens": max_new_tokens,
+                "labels": labels,
+                "scope": scope,
                 "compute": "" if isinstance(base, HostedModel) else compute,
             }
-            | ({"labels": labels} if labels else {})
         )
     )
-    known = store.recall(ANSWERS, key) if store else None
-    if store and known:
-        try:
-            lines = (store.open(known[0]) / "answers.jsonl").read_text(encoding="utf-8").split("\n")
-            return [Answer(**json.loads(line)) for line in lines if line], None
-        except ArtifactError as error:
-            _log.warning("asked again, because the answers that were kept are damaged: %s", error)
-    if isinstance(base, HostedModel):
-        answers, seconds = _ask(base, conversations, max_new_tokens, labels, on_progress)
-    else:
-        answers, seconds = _compute(base, conversations, names, max_new_tokens, arm, labels, on_progress)
-    if store:
-        text = "\n".join(json.dumps(vars(a), sort_keys=True, ensure_ascii=False) for a in answers)
-        store.remember(ANSWERS, key, store.publish(ANSWERS, {"answers.jsonl": text.encode()}), {})
-    return answers, seconds
+    kept = _kept_answers(store, key) if store else {}
+    asked = [sha256_bytes(canonical_json(list(messages))) for messages in conversations]
+    found = {
+        digest: kept[digest][0] for digest in asked if digest in kept and _holds(kept[digest], max_new_tokens)
+    }
+    new = {
+        digest: i for i, digest in enumerate(asked) if digest not in found
+    }  # the same question: asked once
+    seconds: list[float] | None = None
+    if new:
+        unknown = [conversations[i] for i in new.values()]
+        if isinstance(base, HostedModel):
+            answers, seconds = _ask(base, unknown, max_new_tokens, labels, on_progress)
+        else:
+            rows = [names[i] for i in new.values()]
+            answers, seconds = _compute(base, unknown, rows, max_new_tokens, arm, labels, on_progress)
+        found |= dict(zip(new, answers, strict=True))
+        if store:
+            now = {digest: (found[digest], max_new_tokens) for digest in new}
+            _keep_answers(
+                store, key, {digest: entry for digest, entry in kept.items() if digest not in now} | now
+            )
+    return [found[digest] for digest in asked], seconds
+
+
+def _holds(kept: tuple[Answer, int], max_new_tokens: int) -> bool:
+    """Whether an answer that was given within another limit of tokens would be the same within this one."""
+    answer, limit = kept
+    return limit == max_new_tokens or (answer.finished and answer.answer_tokens < max_new_tokens)
+
+
+def _kept_answers(store: ArtifactStore, key: str) -> dict[str, tuple[Answer, int]]:
+    """Answers by the digest of the conversation, with the limit of tokens that each was given in."""
+    try:
+        known = store.recall(ANSWERS, key)
+        text = (store.open(known[0]) / "answers.jsonl").read_text(encoding="utf-8") if known else ""
+    except ArtifactError as error:
+        _log.warning("asked again, because the answers that were kept are damaged: %s", error)
+        return {}
+    lines = [json.loads(line) for line in text.split("\n") if line]
+    return {line["asked"]: (Answer(**line["answer"]), line["limit"]) for line in lines}
+
+
+def _keep_answers(store: ArtifactStore, key: str, entries: Mapping[str, tuple[Answer, int]]) -> None:
+    """Keep the last of `entries` for another time."""
+    text = "\n".join(
+        json.dumps(
+            {"asked": digest, "limit": limit, "answer": vars(answer)}, sort_keys=True, ensure_ascii=False
+        )
+        for digest, (answer, limit) in list(entries.items())[-ANSWERS_KEPT:]
+    )
+    store.remember(ANSWERS, key, store.publish(ANSWERS, {"answers.jsonl": text.encode()}), {})
 
 
 def _ask(
@@ -358,7 +399,8 @@ def evaluate(
     compute: str = "",
     on_progress: Callable[[str, int, int], None] | None = None,
 ) -> tuple[list[Row], dict[str, list[float] | None]]:
-    """Lines of every arm (in order of arm, then row hash), and seconds per line by arm (None: memoized).
+    """Lines of every arm (in order of arm, then row hash), and seconds of the answers that were not kept from
+    an earlier time, by arm (None: all were).
 
     `rows` are the selected evaluation rows. `asked_with` is the prompt put to the model when it is not the
     customization's own (a champion was trained on its own); what is expected always follows `prompt`.
@@ -388,6 +430,7 @@ def evaluate(
     labels = sorted({render_target(prompt, row) for row in train_rows})
     if evaluation.answer_by == "generation":
         labels = []
+    scope = sha256_bytes(canonical_json(asked if isinstance(asked, Mapping) else asked.model_dump()))
     lines: list[Row] = []
     seconds: dict[str, list[float] | None] = {}
     for arm in arms:
@@ -400,6 +443,7 @@ def evaluate(
             [row["_row"] for row in ordered],
             max_new_tokens,
             arm if arm.labels is not None else replace(arm, labels=labels),
+            scope=scope,
             store=store,
             compute=compute,
             on_progress=(lambda done, total, name=arm.name: on_progress(name, done, total))

@@ -21,8 +21,10 @@ from ml_assets.eval_reports.build import Champion, build_report
 from ml_assets.eval_reports.metrics import MetricError
 from ml_assets.eval_reports.report import segments_plot
 from ml_assets.eval_reports.runner import (
+    Answer,
     Arm,
     EvaluationError,
+    _holds,
     answer,
     build_messages,
     choose_examples,
@@ -194,6 +196,30 @@ def test_retrained_adapter_does_not_repeat_the_base_arms(
     assert asked == [48], "only the new adapter has to answer"
     assert built.decision["reference"] == "champion"
     assert set(built.summary["arms"]) == {"zero_shot", "few_shot", "adapter", "champion"}
+
+
+def test_of_a_dataset_that_grew_only_new_rows_are_asked(
+    inputs: Inputs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    champion, candidate = inputs.adapter(seed=7), inputs.adapter(seed=8)
+    all_rows = {"base_rows": None, "gate": {"margin": 0.2}}
+    report(inputs, champion, **all_rows, max_rows=30)
+    asked = count_prompts(monkeypatch)
+    report(inputs, candidate, Champion(champion, None), **all_rows, max_rows=30)
+    assert asked == [30], "the candidate; what the base and the champion answered is kept"
+    asked.clear()
+    built = report(inputs, candidate, Champion(champion, None), **all_rows)
+    assert set(asked) == {18}, "each arm answers what is new"
+    monkeypatch.undo()
+    other = Inputs(inputs.home / "whole")
+    arguments = (other, other.adapter(seed=8), Champion(other.adapter(seed=7), None))
+    assert report(*arguments, **all_rows).ref == built.ref, "as if all had been asked at once"
+
+
+def test_a_kept_answer_holds_within_another_limit_only_if_it_ended() -> None:
+    ended, cut = Answer("on", 9, 3, True), Answer("on on", 9, 4, False)
+    assert [_holds((ended, 4), limit) for limit in (3, 4, 9)] == [False, True, True]
+    assert [_holds((cut, 4), limit) for limit in (3, 4, 9)] == [False, True, False]
 
 
 def test_damaged_reports_and_answers_are_made_again(inputs: Inputs) -> None:
