@@ -8,6 +8,7 @@ from datetime import timedelta
 from typing import Any
 
 import dagster as dg
+import pydantic
 
 from ml_assets.artifacts import ArtifactError, ArtifactRef, ArtifactStore
 from ml_assets.code_link import code_link
@@ -22,6 +23,7 @@ from ml_assets.endpoints.release import (
     release,
     serve_again,
     verify_served,
+    withdraw,
 )
 from ml_assets.spec import CustomizationSpec
 from resources.artifact_store import ArtifactRefIOManager, ArtifactStoreResource
@@ -35,6 +37,21 @@ AUTOMATIC = ("dagster/sensor_name", "dagster/schedule_name", "dagster/auto_mater
 HISTORY_ROWS = 20
 RECORDED = ("engine", "max_new_tokens", "max_prompt_tokens")
 """Fields of the `endpoint` block that a release records and the gateway follows."""
+FEWEST_CHARACTERS = 6
+"""Of a digest, to name what it is the digest of."""
+
+
+class EndpointConfig(dg.Config):
+    """What a person may ask for in the launchpad; with neither, the newest accepted version serves."""
+
+    serve: str = pydantic.Field(
+        default="",
+        description=(
+            "serve again what served before, without a training or an evaluation: the number of a release in "
+            f"the endpoint's history, or the first characters (at least {FEWEST_CHARACTERS}) of its adapter"
+        ),
+    )
+    withdraw: bool = pydantic.Field(default=False, description="let nothing serve from now on")
 
 
 def build_endpoint_asset(spec: CustomizationSpec) -> dg.AssetsDefinition:
@@ -63,6 +80,7 @@ def build_endpoint_asset(spec: CustomizationSpec) -> dg.AssetsDefinition:
     )
     def endpoint(
         context: dg.AssetExecutionContext,
+        config: EndpointConfig,
         artifact_store: ArtifactStoreResource,
         io_manager: dg.ResourceParam[ArtifactRefIOManager],
         mlflow_tracking: MlflowTracking,
@@ -101,6 +119,28 @@ def build_endpoint_asset(spec: CustomizationSpec) -> dg.AssetsDefinition:
                     current = follow_ledger(
                         spec.name, champion and champion.version, context.run.run_id, book, move_alias
                     )
+                    by_hand = {"run_id": context.run.run_id, "actor": actor(context.run.tags)}
+                    if config.withdraw or config.serve:
+                        chosen = chosen_release(spec.name, config, book, current)
+                        if config.withdraw:
+                            gone = withdraw(
+                                dataclasses.replace(chosen, **by_hand, reason="withdrawn by hand"),
+                                ledger=book,
+                                gateway=client,
+                                move_alias=move_alias,
+                            )
+                            mlflow_tracking.delete_alias(spec.name, CHALLENGER)
+                            yield _withdrawn(key, gone, book)
+                            return
+                        if current is None or chosen.adapter_digest != current.adapter_digest:
+                            reason = f"by hand: what release {chosen.id} served"
+                            current = released(
+                                dataclasses.replace(
+                                    chosen, **settings, **by_hand, action="rollback", reason=reason
+                                )
+                            )
+                        # what a person turned away from does not come back by itself
+                        mlflow_tracking.delete_alias(spec.name, CHALLENGER)
                     challenger = mlflow_tracking.get_alias(spec.name, CHALLENGER)
                     if challenger and not may_move(spec, challenger, current, context.run.tags):
                         revision = challenger.tags["base_revision"]
@@ -121,8 +161,7 @@ def build_endpoint_asset(spec: CustomizationSpec) -> dg.AssetsDefinition:
                             report_digest=report,
                             mlflow_version=challenger.version,
                             **settings,
-                            run_id=context.run.run_id,
-                            actor=actor(context.run.tags),
+                            **by_hand,
                             reason=f"promoted by eval report {report[:12]}",
                         )
                         context.log.info(
@@ -130,13 +169,13 @@ def build_endpoint_asset(spec: CustomizationSpec) -> dg.AssetsDefinition:
                         )
                         current = released(candidate)
                     elif current is None:
-                        raise dg.Failure(nothing_accepted(store, eval_reports), allow_retries=False)
+                        reason = withdrawn_by_hand(spec.name, book) or nothing_accepted(store, eval_reports)
+                        raise dg.Failure(reason, allow_retries=False)
                     elif current != (same := dataclasses.replace(current, **settings)):
                         candidate = dataclasses.replace(
                             same,
                             action="release",
-                            run_id=context.run.run_id,
-                            actor=actor(context.run.tags),
+                            **by_hand,
                             reason="the endpoint's engine, its limits or its traffic policy changed",
                         )
                         context.log.info(f"serving {current.adapter_digest} with {settings}")
@@ -160,6 +199,44 @@ def build_endpoint_asset(spec: CustomizationSpec) -> dg.AssetsDefinition:
             )
 
     return endpoint
+
+
+def chosen_release(
+    customization: str, config: EndpointConfig, ledger: Ledger, current: Release | None
+) -> Release:
+    """The release that a person names to serve again, or the one to withdraw. Raises ReleaseFailed that says
+    what could be named."""
+    if config.withdraw:
+        if config.serve:
+            raise ReleaseFailed(
+                f"serve is {config.serve!r} and withdraw is true: expected one of them; nothing changed"
+            )
+        if current is None:
+            raise ReleaseFailed(f"nothing serves {customization}: there is nothing to withdraw")
+        return current
+    named = config.serve.strip().lower()
+    served = [row for row in ledger.history(customization) if row.action != "withdraw"]
+    for row in served:
+        by_digest = len(named) >= FEWEST_CHARACTERS and row.adapter_digest.startswith(named)
+        if named == str(row.id) or by_digest:
+            return row
+    known = ", ".join(f"{row.id} (adapter {row.adapter_digest[:12]})" for row in served[:HISTORY_ROWS])
+    raise ReleaseFailed(
+        f"serve is {config.serve!r}: expected the number of a release of {customization} or at least "
+        f"{FEWEST_CHARACTERS} characters of its adapter; it has {known or 'no release'}; nothing changed"
+    )
+
+
+def withdrawn_by_hand(customization: str, ledger: Ledger) -> str | None:
+    """That somebody let nothing serve, and how it serves again; None when that is not why nothing does."""
+    newest = next(iter(ledger.history(customization, 1)), None)
+    if newest is None or newest.action != "withdraw":
+        return None
+    return (
+        f"nothing to serve: adapter {newest.adapter_digest[:12]} was withdrawn at {newest.at[:16]} by "
+        f"{newest.actor} ({newest.reason}), and nothing was accepted since. To serve it again, materialize "
+        f"this asset with the config `serve: {newest.adapter_digest[:12]}`"
+    )
 
 
 def may_move(
@@ -233,21 +310,6 @@ def _report(store: ArtifactStore, digest: str) -> tuple[dict[str, Any], dict[str
 def _metadata(
     current: Release, ledger: Ledger, url: str, fingerprint: Mapping[str, Any]
 ) -> dict[str, dg.MetadataValue]:
-    history = [
-        dg.TableRecord(
-            {
-                "at": row.at[:19].replace("T", " "),
-                "action": row.action,
-                "version": row.mlflow_version,
-                "adapter": row.adapter_digest[:12],
-                "base": row.base_revision,
-                "actor": row.actor,
-                "reason": row.reason,
-                "run": row.run_id[:8],
-            }
-        )
-        for row in ledger.history(current.customization, HISTORY_ROWS)
-    ]
     return {
         "version": dg.MetadataValue.text(current.mlflow_version),
         "adapter": dg.MetadataValue.text(current.adapter_digest),
@@ -259,8 +321,37 @@ def _metadata(
             "```sh\nexport EVERGREEN_API_KEY=...   # evergreen keys create\n"
             f"{curl(url, current.customization, fingerprint)}\n```"
         ),
-        "history": dg.MetadataValue.table(history),
+        "history": _history(current.customization, ledger),
     }
+
+
+def _withdrawn(key: dg.AssetKey, gone: Release, ledger: Ledger) -> dg.MaterializeResult:
+    reason = f"Nothing serves: adapter {gone.adapter_digest[:12]} was withdrawn by {gone.actor}."
+    return dg.MaterializeResult(
+        data_version=dg.DataVersion(f"withdrawn-{gone.id}"),
+        metadata={"history": _history(gone.customization, ledger)},
+        check_results=[not_serving(key, reason)],
+    )
+
+
+def _history(customization: str, ledger: Ledger) -> dg.TableMetadataValue:
+    records = [
+        dg.TableRecord(
+            {
+                "release": row.id,
+                "at": row.at[:19].replace("T", " "),
+                "action": row.action,
+                "version": row.mlflow_version,
+                "adapter": row.adapter_digest[:12],
+                "base": row.base_revision,
+                "actor": row.actor,
+                "reason": row.reason,
+                "run": row.run_id[:8],
+            }
+        )
+        for row in ledger.history(customization, HISTORY_ROWS)
+    ]
+    return dg.MetadataValue.table(records)
 
 
 def _links(tracking: MlflowTracking, current: Release) -> dict[str, dg.MetadataValue]:

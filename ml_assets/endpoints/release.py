@@ -62,6 +62,30 @@ def release(
     return recorded
 
 
+def withdraw(current: Release, *, ledger: Ledger, gateway: GatewayClient, move_alias: MoveAlias) -> Release:
+    """Let nothing serve from now on; `current` is what serves, with the run, actor and reason of the
+    withdrawal. Returns its row.
+
+    Raises Fenced when the run may not release any more, ReleaseFailed when another release came in between,
+    or when the gateway could not be told (it reads the ledger when it starts).
+    """
+    name = current.customization
+    with ledger.release_transaction(name, current.run_id) as tx:
+        now = tx.current()
+        if now is None or now.id != current.id:
+            raise ReleaseFailed(f"another release of {name} came in between; nothing was withdrawn")
+        move_alias(None)
+        gone = tx.record(dataclasses.replace(current, action="withdraw"))
+    try:
+        gateway.discard(name)
+        gateway.activate(name, None)
+    except GatewayError as error:
+        raise ReleaseFailed(
+            f"nothing is to serve {name}, but the gateway could not be told: {error}"
+        ) from error
+    return gone
+
+
 def follow_ledger(
     customization: str, alias: str | None, run_id: str, ledger: Ledger, move_alias: MoveAlias
 ) -> Release | None:

@@ -205,6 +205,51 @@ def test_the_life_of_an_endpoint(project: Project) -> None:
     assert kept and kept.adapter_digest == second.digest
 
 
+def by_hand(**config: Any) -> dict[str, Any]:
+    return {"run_config": {"ops": {"home__endpoint": {"config": config}}}}
+
+
+def test_a_person_goes_back_withdraws_and_serves_again(tmp_path: Path) -> None:
+    world = World(tmp_path)
+    with gateway_in_thread(world) as (url, _):
+        project = Project(world, url)
+        first, second = world.adapter("home", 1), world.adapter("home", 2)
+        project.evaluate(first, "promote", None)
+        assert project.materialize().success
+        project.evaluate(second, "promote", first.digest)
+        assert project.materialize().success and served(project) == second.digest
+        number = world.ledger.history("home")[-1].id
+
+        for named in ("99", first.digest[:5], "home"):
+            wrong = failure(project.materialize(**by_hand(serve=named)))
+            assert "expected the number of a release of home or at least 6 characters" in wrong
+            assert f"{number} (adapter {first.digest[:12]})" in wrong
+        assert "expected one of them" in failure(project.materialize(**by_hand(serve="1", withdraw=True)))
+        assert served(project) == second.digest and len(world.ledger.history("home")) == 2
+
+        result = project.materialize(**by_hand(serve=str(number)), tags={"user": "ada"})
+        assert result.success and check(result).passed and served(project) == first.digest
+        row = world.ledger.current("home")
+        assert row and (row.action, row.actor, row.reason) == (
+            "rollback", "user ada", f"by hand: what release {number} served"
+        )  # fmt: skip
+        champion = project.tracking.get_alias("home", "champion")
+        assert champion and champion.adapter_digest == first.digest
+        assert project.materialize().success and served(project) == first.digest, "it stays"
+        assert project.materialize(**by_hand(serve=first.digest[:12])).success
+        assert len(world.ledger.history("home")) == 3, "what serves already is only proven"
+
+        gone = project.materialize(**by_hand(withdraw=True))
+        assert gone.success and not check(gone).passed and "was withdrawn" in check(gone).description
+        assert world.ledger.current("home") is None and project.tracking.get_alias("home", "champion") is None
+        with pytest.raises(KeyError):
+            served(project)
+        assert "nothing to withdraw" in failure(project.materialize(**by_hand(withdraw=True)))
+        assert f"`serve: {first.digest[:12]}`" in failure(project.materialize())
+        assert project.materialize(**by_hand(serve=second.digest)).success
+        assert served(project) == second.digest
+
+
 def served(project: Project) -> str:
     url, key = project.resources["gateway"].url, project.world.key
     response = httpx.post(
