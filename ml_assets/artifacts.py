@@ -429,6 +429,13 @@ class ArtifactStore:
                 ref = ArtifactRef(folder, entry["digest"])
                 yield Memo(folder, name.removesuffix(".json"), ref, entry["record"], self._time(path))
 
+    def used_at(self, kind: str, input_key: str) -> datetime.datetime | None:
+        """`Memo.used_at` as it is now; None when there is no such note."""
+        try:
+            return self._time(self._index(kind, input_key))
+        except FileNotFoundError:
+            return None
+
     def forget(self, kind: str, input_key: str) -> None:
         """Remove a note of `remember`; no-op when there is none."""
         with contextlib.suppress(FileNotFoundError):

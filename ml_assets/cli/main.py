@@ -24,6 +24,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "\nevergreen: interrupted; what was started goes on (`evergreen down` ends it)", file=sys.stderr
         )
         return 130
+    except _outside() as error:
+        print(f"evergreen: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
+
+
+def _outside() -> tuple[type[Exception], ...]:
+    """Errors of what this project rests on, whose messages say enough. Evaluated when something was raised:
+    importing them takes seconds."""
+    from sqlalchemy.exc import SQLAlchemyError
+
+    from ml_assets.artifacts import ArtifactError
+    from resources.mlflow_tracking import TrackingUnavailable
+
+    return (OSError, ArtifactError, SQLAlchemyError, TrackingUnavailable)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -168,6 +182,7 @@ def _labels_import(settings: Settings, options: argparse.Namespace) -> int:
     from contextlib import closing
 
     from ml_assets.decisions.labels import LabelError, read_labels
+    from ml_assets.traffic.records import OPERATOR
     from ml_assets.traffic.writer import (
         Policy,
         RedactionUnavailable,
@@ -185,9 +200,9 @@ def _labels_import(settings: Settings, options: argparse.Namespace) -> int:
         for name, release in ledger.newest_all().items():
             writer.set_policy(name, Policy.of(release.traffic_policy))
         writer.start()
-        for request, key, answer in labels:
+        for request, _, answer in labels:
             try:  # as the gateway takes it, redacted
-                writer.give_feedback(request, key, None, answer).result()
+                writer.give_feedback(request, OPERATOR, None, answer).result()
                 stored += 1
             except UnknownRequest:
                 gone += 1

@@ -17,6 +17,7 @@ import sys
 import tempfile
 import threading
 import time
+import uuid
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from logging.handlers import RotatingFileHandler
@@ -45,6 +46,8 @@ REQUEUE_SECONDS = 10.0
 START_SECONDS = 180.0
 LONGEST_PAUSE = 30.0
 LOG_BYTES = 50_000_000
+WAITING = ("/bin/sh", "-c", 'read -r go && exec "$@" </dev/null', "sh")
+"""Put before a command: it begins at the first line of its input, and never when that is closed before."""
 COLOR = re.compile(r"\x1b\[[0-9;]*m")
 LOCATION_ERROR = """
 {workspaceOrError{... on Workspace{locationEntries{
@@ -105,12 +108,41 @@ def _absolute(path: str) -> list[str]:
 def initialize(settings: Settings) -> None:
     """Create the data directory with its Dagster instance and its MLflow store; harmless when they exist."""
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
+    from sqlalchemy.exc import OperationalError
+
     from resources.mlflow_tracking import ensure_store
 
     for directory in (settings.home, settings.dagster_home, settings.mlflow_artifacts, settings.logs):
         directory.mkdir(parents=True, exist_ok=True)
     write_atomic(settings.dagster_home / "dagster.yaml", (ROOT / "dagster.yaml").read_bytes())
     ensure_store(settings.mlflow_uri, str(settings.mlflow_artifacts))
+    try:
+        check_ledger(settings)
+    except OperationalError:  # after a reboot its server may come up later: the supervisor looks again
+        print("The ledger does not answer; what starts runs waits for it.", flush=True)
+
+
+def check_ledger(settings: Settings) -> None:
+    """Raises OperationError when the ledger is another deployment's: each would take the other's work for its
+    own. The first deployment that asks gets it."""
+    from ml_assets.endpoints.ledger import Ledger
+
+    path = settings.home / "deployment"
+    with FileLock(settings.locks / "deployment.lock"):
+        if not path.exists():
+            write_atomic(path, f"{uuid.uuid4().hex[:12]}\n".encode())
+        own = path.read_text().strip()
+    if not own:
+        raise OperationError(f"{path}: expected the id of this deployment, found an empty file")
+    place = f"{socket.gethostname()}:{settings.home}"
+    with contextlib.closing(Ledger(settings.ledger_url)) as ledger:
+        owner, owners_place = ledger.owner(own, place)
+    if owner != own:
+        raise OperationError(
+            f"the ledger belongs to deployment {owner} (of {owners_place}), and this is deployment {own} "
+            f"(of {place}): set EVERGREEN_LEDGER_URL to another database; or, if this one takes the place of "
+            f"{owner}, write {owner} into {path}"
+        )
 
 
 def log_path(settings: Settings) -> Path:
@@ -261,14 +293,16 @@ class Supervisor:
             self.stopping.wait(pause)
 
     def _run_once(self, program: Program) -> int | None:
+        """The program waits until the state was written: should this process be killed before, it ends as
+        well, and no later supervisor starts a second one beside it."""
         with self.lock:
             if self.stopping.is_set():
                 return None
             process = subprocess.Popen(
-                program.command,
+                [*WAITING, *program.command],
                 cwd=program.directory,
                 env=self.environment,
-                stdin=subprocess.DEVNULL,
+                stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
@@ -279,7 +313,10 @@ class Supervisor:
                 _signal_group(process.pid, signal.SIGKILL)
                 raise
             self.processes[program.name] = process
-        self.write_state()
+        assert process.stdin
+        with contextlib.suppress(BrokenPipeError), process.stdin:  # `stop` may have ended it already
+            self.write_state()
+            process.stdin.write(b"go\n")
         code = process.wait()
         _signal_group(process.pid, signal.SIGKILL)  # what it started itself goes with it
         return code
@@ -513,7 +550,7 @@ def start(settings: Settings) -> bool:
                     "correct it, then press 'Reload' under Deployment in the UI, or run `make down up`"
                 )
             return process is not None
-        if process is not None and process.poll() is not None:
+        if not is_running(settings):
             raise OperationError(f"the supervisor ended: see {log_path(settings)}")
         if time.monotonic() > deadline:
             missing = ", ".join(name for name, well in up.items() if not well)
@@ -534,7 +571,7 @@ def _start_supervisor(settings: Settings) -> subprocess.Popen[bytes]:
     command = (sys.executable, "-m", "ml_assets.cli.supervisor")
     with log_path(settings).open("ab") as log:
         process = subprocess.Popen(
-            ["/bin/sh", "-c", 'read -r go && exec "$@" </dev/null', "sh", *command],
+            [*WAITING, *command],
             cwd=ROOT,
             env=environment(settings),
             stdin=subprocess.PIPE,
@@ -605,6 +642,22 @@ def _wait_for_code_server(supervisor: Supervisor, socket_path: str) -> None:
         logger.error("the code server does not answer; the others start without it")
 
 
+def _recover(supervisor: Supervisor, instance: "DagsterInstance") -> None:
+    """Before the daemon starts. A ledger that is away, such as a server that comes up later after a reboot,
+    is waited for: what serves goes on."""
+    from ml_assets.cli.recovery import recover
+
+    while not supervisor.stopping.is_set():
+        try:
+            check_ledger(supervisor.settings)
+            for run in recover(instance):
+                logger.warning("run %s (%s) had lost its process", run.run_id, run.job_name)
+            return
+        except Exception:
+            logger.exception("can't look for lost runs yet; trying again in %.0f s", REQUEUE_SECONDS)
+            supervisor.stopping.wait(REQUEUE_SECONDS)
+
+
 def main() -> None:
     """Run until SIGTERM or SIGINT."""
     settings = Settings.from_env()
@@ -639,11 +692,8 @@ def _supervise(settings: Settings) -> None:
             keep("code-server", "mlflow", "gateway")
             from dagster import DagsterInstance
 
-            from ml_assets.cli.recovery import recover
-
             with DagsterInstance.from_config(str(settings.dagster_home)) as instance:
-                for run in recover(instance):
-                    logger.warning("run %s (%s) had lost its process", run.run_id, run.job_name)
+                _recover(supervisor, instance)
                 _wait_for_code_server(supervisor, socket_path)
                 keep("dagster-daemon", "dagster-webserver")
                 restart_path(settings, "gateway").unlink(missing_ok=True)  # asked of an earlier supervisor

@@ -71,6 +71,16 @@ api_keys = sa.Table(
     sa.Column("revoked_at", sa.String(40), nullable=True),
     sa.Column("unlogged", sa.Boolean, nullable=True),
 )
+# one row; of its own, so that it is added to ledgers that were made before
+_ownership = sa.MetaData()
+_owner = sa.Table(
+    "owner",
+    _ownership,
+    sa.Column("id", sa.Integer, primary_key=True),
+    sa.Column("deployment", sa.Text, nullable=False),
+    sa.Column("place", sa.Text, nullable=False),
+    sa.Column("at", sa.String(40), nullable=False),
+)
 # what tables have that were made before there was a use for it
 _ADDED = (_releases.c.engine, _releases.c.traffic_policy, api_keys.c.unlogged)
 for _change in ("UPDATE", "DELETE"):
@@ -205,6 +215,18 @@ class Ledger:
     def is_fenced(self, run_id: str) -> bool:
         with self.engine.connect() as connection:
             return _fence(connection, run_id) is not None
+
+    def owner(self, deployment: str, place: str) -> tuple[str, str]:
+        """(deployment, where it was) that the ledger belongs to: the first one that asked."""
+        ensure_tables(self.engine, _ownership)
+        with self.engine.begin() as connection:
+            _take_turn(connection)
+            found = connection.execute(sa.select(_owner.c.deployment, _owner.c.place)).first()
+            if found is None:
+                row = {"id": 1, "deployment": deployment, "place": place, "at": now()}
+                connection.execute(sa.insert(_owner).values(row))
+                return deployment, place
+            return found[0], found[1]
 
     @contextlib.contextmanager
     def release_transaction(self, customization: str, run_id: str) -> Iterator[ReleaseTransaction]:

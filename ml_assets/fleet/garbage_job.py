@@ -9,14 +9,16 @@ from pydantic import Field
 from ml_assets.artifacts import ArtifactStore
 from ml_assets.base_models.partitions import BASE_MODELS
 from ml_assets.endpoints.ledger import Ledger
-from ml_assets.fleet.retention import UNUSED_DAYS, Aliased, collect, describe, find_garbage
+from ml_assets.fleet.retention import UNUSED_DAYS, Aliased, because_of, collect, describe, find_garbage
 from ml_assets.settings import Settings
 from ml_assets.spec import CustomizationSpec
 from resources.artifact_store import ArtifactStoreResource
 from resources.ledger import LedgerResource
-from resources.mlflow_tracking import MlflowTracking
+from resources.mlflow_tracking import ADAPTER_DIGEST, MlflowTracking
 
 SCHEDULE = "30 4 * * 0"
+ENDED = (dg.DagsterRunStatus.SUCCESS, dg.DagsterRunStatus.FAILURE, dg.DagsterRunStatus.CANCELED)
+UNFINISHED = [status for status in dg.DagsterRunStatus if status not in ENDED]
 
 
 class GarbageConfig(dg.Config):
@@ -43,6 +45,7 @@ def collect_garbage(
     own_run: str | None = None,
 ) -> list[str]:
     """What went or would go, with sizes, and why the rest stays; the last line says what was done."""
+    started = datetime.datetime.now(datetime.UTC)
     aliases = [
         Aliased(
             alias,
@@ -52,6 +55,7 @@ def collect_garbage(
             version.tags.get("base_revision", ""),
         )
         for alias, version in tracking.aliased()
+        if ADAPTER_DIGEST in version.tags  # else it is a model of somebody else
     ]
     unused = datetime.timedelta(days=config.unused_days)
     partitions = str(BASE_MODELS.name)
@@ -62,21 +66,26 @@ def collect_garbage(
         ledger,
         aliases,
         specs,
-        datetime.datetime.now(datetime.UTC),
+        started,
         unused,
         config.retire,
     )
     lines = describe(garbage)
+
+    def blocking() -> list[str]:
+        filters = (dg.RunsFilter(statuses=UNFINISHED), dg.RunsFilter(updated_after=started))
+        runs = {run for one in filters for run in instance.get_run_ids(one)} - {own_run}
+        return sorted(run[:8] for run in runs)
+
     if config.dry_run:
-        return [*lines, "a dry run: nothing is removed"]
-    ended = (dg.DagsterRunStatus.SUCCESS, dg.DagsterRunStatus.FAILURE, dg.DagsterRunStatus.CANCELED)
-    waiting = [status for status in dg.DagsterRunStatus if status not in ended]
-    runs = [run.run_id for run in instance.get_runs(dg.RunsFilter(statuses=waiting)) if run.run_id != own_run]
+        runs = blocking()
+        refused = f", nor would it be {because_of(runs)}" if runs else ""
+        return [*lines, f"a dry run: nothing is removed{refused}"]
 
     def delete_partition(revision: str) -> None:
         instance.delete_dynamic_partition(partitions, revision)
 
-    return [*lines, collect(store, garbage, unused, [run[:8] for run in runs], delete_partition)]
+    return [*lines, collect(store, garbage, unused, blocking, delete_partition)]
 
 
 def build_garbage_job(specs: Sequence[CustomizationSpec]) -> dg.Definitions:

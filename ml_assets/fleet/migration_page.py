@@ -14,7 +14,7 @@ from typing import Any
 from ml_assets.adapters.rungs import Climb
 from ml_assets.decisions.book import History
 from ml_assets.decisions.diagnosis import duration
-from ml_assets.decisions.records import Spent
+from ml_assets.decisions.records import NOTHING, Spent
 from ml_assets.endpoints.ledger import Release
 from ml_assets.eval_reports.report import VERDICTS
 from ml_assets.fleet.migration_plan import plan_row, predicted_seconds
@@ -108,9 +108,12 @@ def build_page(
     to migrate, newest first; `climbs`, oldest first; `spent`: by decision; `releases(customization)`: its
     rows of the ledger, newest first; `latencies(customization)`: seconds by base revision."""
     decided: dict[tuple[str, str], History] = {}
+    costs: dict[tuple[str, str], Spent] = {}
     for history in histories:
         pair = (history.decision.customization, str(history.decision.base_revision))
         decided.setdefault(pair, history)
+        if cost := spent.get(history.decision.id):  # attempts that failed cost as well
+            costs[pair] = costs.get(pair, NOTHING) + cost
     climbed = {(climb.customization, climb.base_revision): climb for climb in climbs}
     lines = []
     for spec in specs:
@@ -119,9 +122,8 @@ def build_page(
             if revision.rpartition("@")[0] in spec.base_models:
                 pair = (spec.name, revision)
                 history = decided.get(pair)
-                cost = spent.get(history.decision.id) if history else None
                 found = evaluated(*pair)
-                line = _line(spec, revision, found, history, climbed.get(pair), cost, rows, now)
+                line = _line(spec, revision, found, history, climbed.get(pair), costs.get(pair), rows, now)
                 lines.append(replace(line, latency_seconds=seconds.get(revision)))
     current = [history for history in decided.values() if not (history.end and history.end.step == "dropped")]
     known = [climb for climb in climbs if climb.full_seconds]

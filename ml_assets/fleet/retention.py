@@ -80,23 +80,40 @@ def sweep(
     return Sweep(tuple(gone), kept, tuple(memo for memo in memos if memo.ref in lost))
 
 
-def find_names(store: ArtifactStore, artifacts: Sequence[Stored]) -> dict[ArtifactRef, set[str]]:
+def find_names(
+    store: ArtifactStore, artifacts: Sequence[Stored]
+) -> tuple[dict[ArtifactRef, set[str]], set[ArtifactRef]]:
     """What each artifact names: every digest in its JSON files, and the base models of the base revisions in
-    them. What was written by another release is found as well."""
-    texts = {
-        one.ref: [store.content(one.ref, name) for name in one.files if name.endswith(".json")]
-        for one in artifacts
-    }
+    them. What was written by another release is found as well. And those that are damaged: a file is
+    missing, or a base model does not say which revision it is."""
+    texts: dict[ArtifactRef, dict[str, bytes]] = {}
+    damaged: set[ArtifactRef] = set()
     bases: dict[bytes, set[str]] = {}
     for one in artifacts:
-        if one.ref.kind == "base_model" and "manifest.json" in one.files:
-            revision = json.loads(store.content(one.ref, "manifest.json")).get("revision", "")
-            bases.setdefault(str(revision).encode(), set()).add(one.ref.digest)
-    return {
-        ref: {found.decode() for text in some for found in DIGEST.findall(text)}
-        | {digest for text in some for found in REVISION.findall(text) for digest in bases.get(found, ())}
+        texts[one.ref] = {}
+        for name in one.files:
+            if name.endswith(".json"):
+                try:
+                    texts[one.ref][name] = store.content(one.ref, name)
+                except FileNotFoundError:  # any other error says nothing about the artifact
+                    damaged.add(one.ref)
+        if one.ref.kind == "base_model" and "manifest.json" in texts[one.ref]:
+            try:
+                revision = json.loads(texts[one.ref]["manifest.json"]).get("revision", "")
+                bases.setdefault(str(revision).encode(), set()).add(one.ref.digest)
+            except (ValueError, AttributeError):
+                damaged.add(one.ref)
+    names = {
+        ref: {found.decode() for text in some.values() for found in DIGEST.findall(text)}
+        | {
+            digest
+            for text in some.values()
+            for found in REVISION.findall(text)
+            for digest in bases.get(found, ())
+        }
         for ref, some in texts.items()
     }
+    return names, damaged
 
 
 # -- roots ---------------------------------------------------------------------------------------------
@@ -140,15 +157,17 @@ def partition_roots(notes: Iterable[Note], revisions: Collection[str]) -> dict[s
 
 def retired(
     revisions: Sequence[str],
+    current: Mapping[str, str],
     releases: Iterable[Sequence[Release]],
     retention_of: Callable[[str], str],
     in_use: Collection[str],
     notes: Iterable[Note],
     now: datetime.datetime,
 ) -> list[str]:
-    """The base revisions (partitions, oldest first) that can go: a newer one of their family is known, no
-    release names them inside its retention, they are not `in_use` (aliases, open decisions), and what was
-    made for them is older than the longest retention."""
+    """The base revisions (partitions, oldest first) that can go: the source of their family holds another one
+    (`current`: {family: revision}; else the last partition), no release names them inside its retention, they
+    are not `in_use` (aliases, open decisions), and what was made for them is older than the longest
+    retention."""
     named, longest = set(in_use), duration(DEFAULT_RETENTION)
     for rows in releases:
         if rows:
@@ -156,13 +175,14 @@ def retired(
             longest = max(longest, duration(retention))
             kept = release_roots(rows, retention, now)
             named |= {row.base_revision for row in rows if row.base_digest in kept}
-    newest = {revision.rpartition("@")[0]: revision for revision in revisions}
+    held = {revision.rpartition("@")[0]: revision for revision in revisions}
+    held |= {family: revision for family, revision in current.items() if revision in revisions}
     young = {
         note.partition
         for note in notes
         if note.partition and now.timestamp() - note.path.stat().st_mtime < longest.total_seconds()
     }
-    return [one for one in revisions if one not in named and one not in newest.values() and one not in young]
+    return [one for one in revisions if one not in named and one not in held.values() and one not in young]
 
 
 def release_roots(releases: Sequence[Release], retention: str, now: datetime.datetime) -> dict[str, str]:
@@ -251,7 +271,16 @@ def find_garbage(
     if retire:
         in_use = {alias.base_revision for alias in aliases}
         in_use |= {str(h.decision.base_revision) for h in histories}
-        old = retired(revisions, releases, lambda n: retention.get(n, DEFAULT_RETENTION), in_use, notes, now)
+        current = {
+            name.removeprefix("base:"): str(subjects["current"].value["revision"])
+            for name, subjects in book.notes().items()
+            if name.startswith("base:") and "current" in subjects
+        }
+
+        def retention_of(name: str) -> str:
+            return retention.get(name, DEFAULT_RETENTION)
+
+        old = retired(revisions, current, releases, retention_of, in_use, notes, now)
     roots = partition_roots(notes, set(revisions) - set(old))
     for rows in releases:
         for digest, why in release_roots(
@@ -265,50 +294,69 @@ def find_garbage(
     longest = max([*retention.values(), DEFAULT_RETENTION], key=duration)
     for digest, why in (decision_roots(histories) | climb_roots(climbs, longest, now)).items():
         roots.setdefault(digest, why)
-    names = find_names(store, artifacts)
+    names, damaged = find_names(store, artifacts)
+    for ref in damaged:
+        roots.setdefault(ref.digest, "it is damaged")
     found = sweep(artifacts, memos, roots, lambda one: names[one.ref], now, unused)
     gone = tuple(note for note in notes if note.partition is not None and note.partition in old)
     return Garbage(found, tuple(old), gone)
 
 
-def remove(store: ArtifactStore, found: Sweep, unused: datetime.timedelta) -> list[Stored]:
-    """Remove what goes, its memos first; gives back what was removed. An artifact that was published or found
-    again since is left."""
-    used: dict[ArtifactRef, datetime.datetime] = {}
-    for memo in store.memos():
-        used[memo.ref] = max(memo.used_at, used.get(memo.ref, memo.used_at))
+def remove(
+    store: ArtifactStore,
+    found: Sweep,
+    unused: datetime.timedelta,
+    blocking: Callable[[], Sequence[str]],
+) -> tuple[list[Stored], Sequence[str]]:
+    """Remove what goes, its memos first. Gives back what was removed, and the runs that ended it early
+    (`blocking`, asked before each: a run may find what is about to go). An artifact that was published or
+    found again since is left."""
+    memos: dict[ArtifactRef, list[Memo]] = {}
+    for memo in found.memos:
+        memos.setdefault(memo.ref, []).append(memo)
     since = datetime.datetime.now(datetime.UTC) - unused
-    removed = []
+    removed: list[Stored] = []
     for one in found.gone:
-        current = store.look(one.ref)
-        if current is None or max(current.published_at, used.get(one.ref, current.published_at)) > since:
+        if runs := blocking():
+            return removed, runs
+        own, current = memos.get(one.ref, []), store.look(one.ref)
+        if current is None:
             continue
-        for memo in found.memos:
-            if memo.ref == one.ref:
-                store.forget(memo.kind, memo.input_key)
+        uses = [store.used_at(memo.kind, memo.input_key) for memo in own]
+        if max([current.published_at, *(at for at in uses if at)]) > since:
+            continue
+        for memo in own:
+            store.forget(memo.kind, memo.input_key)
         store.delete(one.ref)
         removed.append(one)
-    return removed
+    return removed, ()
 
 
 def collect(
     store: ArtifactStore,
     garbage: Garbage,
     unused: datetime.timedelta,
-    under_way: Sequence[str],
+    blocking: Callable[[], Sequence[str]],
     delete_partition: Callable[[str], None],
 ) -> str:
-    """Remove what `find_garbage` found; what was done, in a sentence. Nothing is removed while runs are under
-    way: what they have opened is not written down anywhere."""
-    if under_way:
-        return f"nothing is removed while runs are under way: {', '.join(under_way)}"
+    """Remove what `find_garbage` found; what was done, in a sentence. Nothing is removed while there are
+    `blocking` runs, those under way and those that did something since the search began: what they have found
+    is not in it."""
+    if runs := blocking():
+        return f"nothing is removed {because_of(runs)}"
     # an interrupted collection has removed names of what it did not reach, which is found the next time
     for note in garbage.notes:
         note.path.unlink(missing_ok=True)
     for revision in garbage.retired:
         delete_partition(revision)
-    removed = remove(store, garbage.sweep, unused)
-    return f"removed {len(removed)} artifacts, {_size(sum(one.bytes for one in removed))}"
+    removed, runs = remove(store, garbage.sweep, unused, blocking)
+    told = f"removed {len(removed)} artifacts, {_size(sum(one.bytes for one in removed))}"
+    return f"{told}; the rest stays {because_of(runs)}" if runs else told
+
+
+def because_of(runs: Sequence[str]) -> str:
+    """Why nothing is removed now."""
+    return f"while runs are under way or have just ended: {', '.join(runs)}"
 
 
 def describe(garbage: Garbage) -> list[str]:

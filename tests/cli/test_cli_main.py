@@ -5,7 +5,10 @@ import socket
 
 import pytest
 
+from ml_assets.artifacts import ArtifactError
+from ml_assets.cli import supervisor
 from ml_assets.cli.main import main
+from resources.mlflow_tracking import TrackingUnavailable
 
 
 @pytest.fixture(autouse=True)
@@ -64,6 +67,31 @@ def test_a_mistake_is_one_line_and_exit_code_1(arguments, message, capsys):
     assert error.startswith("evergreen: error: ")
     assert message in error
     assert len(error.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        TrackingUnavailable("MLflow cannot be reached:\nno route"),
+        ArtifactError("MLflow cannot be reached: no route"),
+        FileNotFoundError("MLflow cannot be reached: no route"),
+    ],
+)
+def test_what_is_away_is_one_line_and_exit_code_1(error, capsys, monkeypatch):
+    def start(_settings):
+        raise error
+
+    monkeypatch.setattr(supervisor, "start", start)
+    assert main(["up"]) == 1
+    assert capsys.readouterr().err == "evergreen: error: MLflow cannot be reached: no route\n"
+
+
+def test_a_ledger_that_can_not_be_read_is_one_line(capsys, home):
+    home.mkdir()
+    (home / "ledger.db").write_bytes(b"damaged " * 1000)
+    assert main(["keys", "list"]) == 1
+    error = capsys.readouterr().err
+    assert "file is not a database" in error and len(error.splitlines()) == 1
 
 
 def test_a_port_that_is_no_port_names_its_variable(monkeypatch, capsys):

@@ -4,6 +4,7 @@ import contextlib
 import json
 import logging
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -17,12 +18,16 @@ from pathlib import Path
 
 import psutil
 import pytest
-from dagster import DagsterInstance
+from dagster import DagsterInstance, DagsterRunStatus
+from dagster._core.test_utils import create_run_for_test
+from postgres import private_postgres
 
 from ml_assets.cli import supervisor as module
-from ml_assets.cli.launcher import identity, is_alive
+from ml_assets.cli.launcher import identity, is_alive, kill_group
 from ml_assets.cli.supervisor import OperationError, Program, Supervisor, check_ports, end_leftovers
+from ml_assets.endpoints.ledger import Ledger
 from ml_assets.settings import Settings
+from resources import mlflow_tracking
 
 
 @pytest.fixture
@@ -205,6 +210,31 @@ def test_a_program_runs_though_who_it_is_can_not_be_written(
     wait_for(lambda: supervisor.processes["it"].poll() is None)
 
 
+def test_a_program_does_not_outlive_a_supervisor_that_is_killed_before_it_is_known(settings, tmp_path):
+    code = f"""
+import os, signal
+from pathlib import Path
+from ml_assets.cli.supervisor import Program, Supervisor
+from ml_assets.settings import Settings
+
+def killed():
+    Path({str(tmp_path / "pid")!r}).write_text(str(supervisor.processes["it"].pid))
+    os.kill(os.getpid(), signal.SIGKILL)
+
+supervisor = Supervisor(Settings.from_env())
+supervisor.write_state = killed
+supervisor.keep(Program("it", ("sh", "-c", "touch begun; exec sleep 60"), Path({str(tmp_path)!r})))
+"""
+    ended = subprocess.run([sys.executable, "-c", code], cwd=module.ROOT, check=False)
+    assert ended.returncode == -signal.SIGKILL
+    left = identity(int((tmp_path / "pid").read_text()))
+    try:
+        wait_for(lambda: not is_alive(left), seconds=5)
+        assert not (tmp_path / "begun").exists()
+    finally:
+        kill_group(left)
+
+
 def test_a_program_that_could_not_be_started_is_tried_again(settings, monkeypatch, caplog):
     monkeypatch.setattr(module, "LONGEST_PAUSE", 0.1)
     directory = settings.home / "later"
@@ -245,6 +275,112 @@ def test_an_error_while_keeping_house_ends_nothing(settings, monkeypatch, caplog
             supervisor.stop()
             watcher.join(20)
     assert not watcher.is_alive()
+
+
+def test_a_ledger_that_is_away_at_the_start_is_waited_for(settings, tmp_path, monkeypatch, caplog):
+    """As after a reboot, when its server comes up later: a lost run waits for it, what serves does not."""
+    ledger = tmp_path / "ledger.db"
+    ledger.mkdir()  # as good as a server that is away
+    settings.dagster_home.mkdir()
+    shutil.copy(module.ROOT / "dagster.yaml", settings.dagster_home)
+    process = subprocess.Popen(["sleep", "60"])
+    tags = identity(process.pid)
+    process.kill()
+    process.wait()
+    with DagsterInstance.from_config(str(settings.dagster_home)) as instance:
+        run = create_run_for_test(instance, status=DagsterRunStatus.STARTED, tags=tags)
+    begun = {name: tmp_path / name for name in ("gateway", "dagster-daemon")}
+    kept = [
+        Program(name, ("sh", "-c", f"touch {path}; exec sleep 60"), tmp_path) for name, path in begun.items()
+    ]
+    supervisor = Supervisor(settings)
+    monkeypatch.setattr(module, "Supervisor", lambda _settings: supervisor)
+    monkeypatch.setattr(module, "programs", lambda _settings, _socket: kept)
+    monkeypatch.setattr(module, "_wait_for_code_server", lambda _supervisor, _socket: None)
+    monkeypatch.setattr(module, "REQUEUE_SECONDS", 0.1)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)  # which the main thread alone may do
+    with ThreadPoolExecutor() as pool:
+        running = pool.submit(module._supervise, settings)
+        try:
+            wait_for(lambda: running.done() or "can't look for lost runs yet" in caplog.text)
+            wait_for(begun["gateway"].exists)
+            assert not running.done() and not begun["dagster-daemon"].exists()
+            ledger.rmdir()
+            wait_for(begun["dagster-daemon"].exists)
+        finally:
+            supervisor.stop()
+        running.result(20)
+    with DagsterInstance.from_config(str(settings.dagster_home)) as instance:
+        found = instance.get_run_by_id(run.run_id)
+    assert found and found.status == DagsterRunStatus.FAILURE
+
+
+# -- one ledger, one deployment ------------------------------------------------------------------------
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def ledger_url(request, tmp_path) -> Iterator[str]:
+    if request.param == "sqlite":
+        yield f"sqlite:///{tmp_path / 'shared.db'}"
+    else:
+        with private_postgres() as url:
+            yield url
+
+
+def of_home(settings: Settings, home: Path, ledger_url: str) -> Settings:
+    home.mkdir(parents=True, exist_ok=True)
+    return replace(settings, home=home, ledger_url=ledger_url)
+
+
+def refused(settings: Settings) -> str:
+    """What `check_ledger` says against it; nothing where all is well."""
+    try:
+        module.check_ledger(settings)
+    except OperationError as error:
+        return str(error)
+    return ""
+
+
+def test_a_ledger_belongs_to_one_deployment(settings, tmp_path, ledger_url):
+    first, second = (of_home(settings, tmp_path / name, ledger_url) for name in ("first", "second"))
+    Ledger(ledger_url).close()  # made by an earlier release, so to say
+    assert refused(first) == "" and refused(first) == ""
+    message = refused(second)
+    ids = [(one.home / "deployment").read_text().strip() for one in (first, second)]
+    assert ids[0] != ids[1]
+    for word in (*ids, str(first.home), str(second.home), "set EVERGREEN_LEDGER_URL to another database"):
+        assert word in message
+    assert f"write {ids[0]} into {second.home / 'deployment'}" in message
+    shutil.copy(first.home / "deployment", second.home)  # it takes the place of the first
+    assert refused(second) == ""
+    assert refused(replace(second, ledger_url=f"sqlite:///{tmp_path / 'its own.db'}")) == ""
+
+
+def test_of_many_first_starts_one_gets_the_ledger(settings, tmp_path, ledger_url):
+    homes = [of_home(settings, tmp_path / str(number // 2), ledger_url) for number in range(12)]
+    with ThreadPoolExecutor(len(homes)) as pool:
+        results = list(pool.map(refused, homes))
+    well = {homes[index].home for index, message in enumerate(results) if not message}
+    assert len(well) == 1 and results.count("") == 2, "two starts of the same home"
+
+
+def test_an_empty_id_is_an_error_that_names_the_file(settings, tmp_path):
+    (tmp_path / "deployment").write_text("\n")
+    assert f"{tmp_path / 'deployment'}: expected the id" in refused(settings)
+
+
+def test_initializing_refuses_a_ledger_of_another_and_goes_on_without_one(
+    settings, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(mlflow_tracking, "ensure_store", lambda *_: None)
+    away = tmp_path / "away"
+    away.mkdir()
+    module.initialize(replace(settings, ledger_url=f"sqlite:///{away}"))
+    assert "The ledger does not answer" in capsys.readouterr().out
+    module.initialize(settings)
+    assert capsys.readouterr().out == ""
+    with pytest.raises(OperationError, match="the ledger belongs to deployment"):
+        module.initialize(of_home(settings, tmp_path / "another", settings.ledger_url))
 
 
 # -- up and down at the same time ----------------------------------------------------------------------
@@ -300,6 +436,28 @@ def test_down_waits_for_an_up_under_way_and_ends_what_it_started(initialized, ca
             process.kill()
             process.wait()
     assert "is under way; waiting for it" in "".join(told)
+
+
+def test_an_up_that_waits_for_the_supervisor_of_another_sees_its_end(settings, monkeypatch):
+    monkeypatch.setattr(module, "START_SECONDS", 10.0)
+    looked = threading.Event()
+
+    def answers(_settings, _urls):
+        looked.set()
+        return {"gateway": False}
+
+    monkeypatch.setattr(module, "answers", answers)
+    process = subprocess.Popen(["sleep", "60"])
+    module._write_state(settings, process.pid, {})
+    with ThreadPoolExecutor() as pool:
+        second = pool.submit(module.start, settings)
+        try:
+            assert looked.wait(20) and not second.done()
+        finally:
+            process.kill()
+            process.wait()
+        with pytest.raises(OperationError, match="the supervisor ended"):
+            second.result(20)
 
 
 def test_running_is_a_supervisor_that_lives(settings):

@@ -6,6 +6,8 @@ from maintenance_world import make_release, make_spec
 from traffic_records import record
 
 from ml_assets.adapters.rungs import Climb, RungResult
+from ml_assets.decisions.book import History
+from ml_assets.decisions.records import Decision, Spent
 from ml_assets.endpoints.ledger import Release
 from ml_assets.fleet.migration_page import Evaluated, build_page, median_latencies, render_html, table_rows
 
@@ -36,7 +38,12 @@ def evaluated(verdict: str, quality: float, champion: str | None, **decision: An
     return Evaluated.of(summary, "e" * 64, {"seconds": {"adapter": [0.1, 0.3, 0.2]}})
 
 
-def page_of(move: str = "automatic", releases: list[Release] | None = None) -> Any:
+def page_of(
+    move: str = "automatic",
+    releases: list[Release] | None = None,
+    histories: tuple[History, ...] = (),
+    spent: dict[str, Spent] | None = None,
+) -> Any:
     spec = make_spec(migration={"move": move})
     serves = make_release(base_revision=OLD, at="2026-03-01T00:00:00.000000+00:00")
     found = {
@@ -52,9 +59,9 @@ def page_of(move: str = "automatic", releases: list[Release] | None = None) -> A
         [spec],
         [OLD, NEW, BAD],
         lambda name, revision: found.get((name, revision)),
-        [],
+        histories,
         [climb],
-        {},
+        spent or {},
         lambda name: [serves] if releases is None else releases,
         lambda name: {OLD: 0.25},
         AT,
@@ -82,6 +89,20 @@ def test_a_person_is_waited_for_and_another_champion_undoes_a_verdict() -> None:
     other = make_release(base_revision=OLD, adapter="f" * 64, at=AT)
     assert page_of(releases=[other]).lines[1].recommendation == "undecided: evaluate again"
     assert page_of(releases=[]).lines[0].recommendation == "not tried"
+
+
+def test_the_cost_to_move_is_that_of_all_attempts() -> None:
+    def attempt(number: int) -> History:
+        names = ("diagnosis", "reason", "evidence", "dataset_digest", "adapter_digest", "policy")
+        texts: dict[str, Any] = dict.fromkeys(names, "")
+        decision = Decision("home", "migrate", "to_do", **texts, base_revision=NEW, attempt=number)
+        return History(decision, (), claimed=False)
+
+    third, second, first = (attempt(number) for number in (3, 2, 1))
+    spent = {first.decision.id: Spent(30.0, 3.0), second.decision.id: Spent(20.0, 2.0)}
+    line = page_of(histories=(third, second, first), spent=spent).lines[1]
+    assert (line.actual_seconds, line.actual_money) == (50.0, 5.0)
+    assert page_of(histories=(first,)).lines[1].actual_money is None
 
 
 def test_latencies_are_those_of_answered_requests() -> None:

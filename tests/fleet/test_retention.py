@@ -4,10 +4,12 @@ import datetime
 import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import dagster as dg
 import pytest
+from dagster._core.test_utils import create_run_for_test
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from maintenance_world import make_release, make_spec
@@ -17,6 +19,7 @@ from ml_assets.artifacts import ArtifactRef, ArtifactStore, Memo, Stored, canoni
 from ml_assets.cli.main import main
 from ml_assets.decisions.book import DecisionBook
 from ml_assets.endpoints.ledger import Ledger
+from ml_assets.fleet.garbage_job import GarbageConfig, collect_garbage
 from ml_assets.fleet.retention import (
     Aliased,
     collect,
@@ -28,6 +31,7 @@ from ml_assets.fleet.retention import (
 )
 from ml_assets.settings import Settings
 from resources.artifact_store import ArtifactRefIOManager
+from resources.mlflow_tracking import VersionInfo
 
 NOW = datetime.datetime(2026, 6, 1, tzinfo=datetime.UTC)
 DAY = datetime.timedelta(days=1)
@@ -86,10 +90,11 @@ def test_on_a_real_store(tmp_path_factory: pytest.TempPathFactory, data: st.Data
 
     def once() -> list[Stored]:
         artifacts = list(store.stored())
-        names = find_names(store, artifacts)
+        names, damaged = find_names(store, artifacts)
+        assert damaged == set()
         roots = {refs[i].digest: "chosen" for i in chosen}
         found = sweep(artifacts, list(store.memos()), roots, lambda one: names[one.ref], NOW)
-        return remove(store, found, 30 * DAY)
+        return remove(store, found, 30 * DAY, list)[0]
 
     assert {one.ref for one in once()} == {refs[i] for i in range(size) if i not in reached}
     for number, ref in enumerate(refs):
@@ -110,7 +115,7 @@ def test_what_was_found_again_is_used(tmp_path: Path) -> None:
     old = sweep(list(store.stored()), list(store.memos()), {}, lambda one: (), now)
     assert [one.ref for one in old.gone] == [ref]
     assert store.recall("answers", digest(1)) is not None  # between looking and removing
-    assert remove(store, old, 30 * DAY) == [] and store.exists(ref)
+    assert remove(store, old, 30 * DAY, list) == ([], ()) and store.exists(ref)
 
 
 def test_releases_stay_as_long_as_they_can_be_served_again() -> None:
@@ -214,14 +219,116 @@ def test_an_old_revision_is_retired_when_nothing_can_be_served_from_it_again(wor
     assert world.made[0][0] in kept, "its base stays with it"
 
     deleted: list[str] = []
-    assert "while runs are under way" in collect(world.store, garbage, 30 * DAY, ["abc"], deleted.append)
+    refused = collect(world.store, garbage, 30 * DAY, lambda: ["abc"], deleted.append)
+    assert refused == "nothing is removed while runs are under way or have just ended: abc"
     assert deleted == [] and world.store.exists(world.stray)
-    assert collect(world.store, garbage, 30 * DAY, [], deleted.append).startswith("removed 4 artifacts")
+    done = collect(world.store, garbage, 30 * DAY, list, deleted.append)
+    assert done.startswith("removed 4 artifacts")
     assert deleted == [world.revisions[0]]
     world.store.open(world.made[1][1])
     world.store.open(world.dataset)
     with pytest.raises(FileNotFoundError):
         world.references.load(dg.AssetKey(["home", "adapter"]), world.revisions[0])
+
+
+def test_what_the_source_holds_stays_though_a_newer_revision_is_known(world: World) -> None:
+    world.age()
+    assert world.find(retire=True).retired == (world.revisions[0],)
+    book = DecisionBook(world.ledger)
+    book.note("base:tiny", "current", {"revision": world.revisions[0]})  # the publisher went back
+    assert world.find(retire=True).retired == (world.revisions[1],)
+    book.note("base:tiny", "current", {"revision": "tiny@000000000009"})  # its partition was deleted
+    assert world.find(retire=True).retired == (world.revisions[0],)
+
+
+def collecting(world: World, instance: dg.DagsterInstance, meanwhile: Any = None, **config: Any) -> str:
+    """What a collection says at its end; `meanwhile` happens while it searches. An alias points at a model
+    that somebody else registered."""
+
+    def aliased() -> list[tuple[str, VersionInfo]]:
+        if meanwhile:
+            meanwhile()
+        return [("champion", VersionInfo("theirs", "1", "", {}))]
+
+    tracking: Any = SimpleNamespace(aliased=aliased)
+    options = GarbageConfig(**{"dry_run": False} | config)
+    return collect_garbage(options, instance, world.store, world.ledger, tracking, [make_spec("home")])[-1]
+
+
+def test_a_run_that_starts_while_garbage_is_removed_keeps_what_it_finds(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    second = world.store.publish("adapter", {"manifest.json": b'{"number": "second"}'})
+    found = sorted([world.stray, second], key=lambda ref: ref.digest)
+    world.age()
+    delete = world.store.delete
+    with dg.DagsterInstance.ephemeral() as instance:
+        instance.add_dynamic_partitions("base_models", world.revisions)
+        running: list[dg.DagsterRun] = []
+
+        def deleting(ref: ArtifactRef) -> None:
+            running.append(create_run_for_test(instance, status=dg.DagsterRunStatus.STARTED))
+            delete(ref)
+
+        monkeypatch.setattr(world.store, "delete", deleting)
+        done = collecting(world, instance)
+        run = running[0].run_id[:8]
+        assert done.startswith("removed 1 artifacts") and done.endswith(
+            f"the rest stays while runs are under way or have just ended: {run}"
+        )
+        assert [world.store.exists(ref) for ref in found] == [False, True]
+        dry = collecting(world, instance, dry_run=True)
+        assert dry.startswith("a dry run: nothing is removed") and run in dry
+        instance.report_run_failed(running[0])
+        assert collecting(world, instance).startswith("removed 1 artifacts")
+
+
+def test_a_run_that_came_and_went_while_garbage_was_looked_for_keeps_it(world: World) -> None:
+    world.age()
+    with dg.DagsterInstance.ephemeral() as instance:
+        instance.add_dynamic_partitions("base_models", world.revisions)
+
+        def run() -> None:
+            instance.report_run_failed(create_run_for_test(instance, status=dg.DagsterRunStatus.STARTED))
+
+        assert collecting(world, instance, run).startswith("nothing is removed while runs are under way")
+        assert world.store.exists(world.stray)
+        assert collecting(world, instance).startswith("removed 1 artifacts")
+
+
+def test_what_was_found_again_a_moment_ago_stays(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    second = world.store.publish("adapter", {"manifest.json": b'{"number": "second"}'})
+    found = sorted([world.stray, second], key=lambda ref: ref.digest)
+    for number, ref in enumerate(found):
+        world.store.remember("adapter", digest(number), ref, {})
+    world.age()
+    delete = world.store.delete
+
+    def deleting(ref: ArtifactRef) -> None:
+        assert world.store.recall("adapter", digest(1)) is not None
+        delete(ref)
+
+    monkeypatch.setattr(world.store, "delete", deleting)
+    removed, _ = remove(world.store, world.find().sweep, 30 * DAY, list)
+    assert [one.ref for one in removed] == found[:1] and world.store.exists(found[1])
+
+
+def test_a_damaged_artifact_stays_and_what_is_left_of_it_counts(world: World) -> None:
+    named = world.store.publish("dataset", {"manifest.json": b'{"named": 1}'})
+    files = {"a.json": b"{}", "b.json": canonical_json({"dataset": named.digest})}
+    incomplete = world.store.publish("adapter", files)
+    nameless = world.store.publish("base_model", {"manifest.json": b"[]"})
+    unreadable = world.store.publish("base_model", {"manifest.json": b"{"})
+    world.age()
+    (Path(world.store.location(incomplete)) / "a.json").unlink()
+    found = world.find().sweep
+    assert {one.ref for one in found.gone} == {world.stray}
+    assert {ref for ref, why in found.kept.items() if why == "it is damaged"} == {
+        incomplete,
+        nameless,
+        unreadable,
+    }
+    assert found.kept[named] == f"named by {incomplete}"
 
 
 def test_the_evidence_of_a_climb_stays_for_the_retention(world: World) -> None:
