@@ -1,10 +1,9 @@
 """Notices new revisions of the base models that customizations follow, and carries these over."""
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, wait
 from pathlib import Path
-from typing import Literal
 
 import dagster as dg
 from dagster._core.storage.tags import RUN_KEY_TAG
@@ -18,15 +17,26 @@ from ml_assets.cli.runs import failure_of
 from ml_assets.decisions.asset import asset_url
 from ml_assets.decisions.book import DecisionBook
 from ml_assets.decisions.diagnosis import Policies
-from ml_assets.decisions.records import Alert
+from ml_assets.decisions.records import Alert, Note
 from ml_assets.settings import Settings
 from ml_assets.spec import BaseFamily, CustomizationSpec
 from resources.artifact_store import ArtifactStoreResource
 from resources.base_model_hub import BaseModelHub
 from resources.ledger import LedgerResource
 from resources.traffic_log import TrafficLogResource
-from sensors.dispatch import settled, shorten
-from sensors.migration import BASE, PLAN, SENSOR, Fleet, carry_out, make_plan, probe_of, unusable
+from sensors.dispatch import NOT_STARTED, settled, shorten
+from sensors.migration import (
+    BASE,
+    PLAN,
+    SENSOR,
+    Fleet,
+    Stands,
+    carry_out,
+    make_plan,
+    newest_materialization,
+    probe_of,
+    unusable,
+)
 
 PATIENCE = 20.0  # seconds that a tick waits; Dagster gives up on a tick after 60
 
@@ -75,8 +85,7 @@ def build_base_updates_sensor(
                 lookups[family.name] = _start(current_revision, *arguments)
         wait(lookups.values(), timeout=patience)
         existing = context.instance.get_dynamic_partitions(str(BASE_MODELS.name))
-        # what a source that can't be reached held last
-        current = {revision.rpartition("@")[0]: revision for revision in existing}
+        current: dict[str, str] = {}
         new, unchanged, failed, changing = [], [], [], []
         for name in [name for name, lookup in lookups.items() if lookup.done()]:
             lookup = lookups.pop(name)
@@ -106,19 +115,21 @@ def build_base_updates_sensor(
                 assert context.repository_def is not None
                 graph = context.repository_def.asset_graph
                 store = artifact_store.store()
-                declared = {family.name for family in families}
+                current |= _remember(fleet, current, existing, [family.name for family in families])
+                notes, known = fleet.book.notes(), {*existing, *new}
+                under_way = [one.decision for one in fleet.book.open() if one.decision.action == "migrate"]
+                wanted = {str(decision.base_revision) for decision in under_way} & known
                 probed = {
-                    revision: _bring_up(fleet, revision)
-                    for family, revision in sorted(current.items())
-                    if family in followed & declared
+                    revision: _bring_up(fleet, revision, notes.get(_held(revision), {}).get("held"))
+                    for revision in sorted(wanted | set(current.values()))
+                    if revision.rpartition("@")[0] in followed
                 }
-                broken = {revision for revision, (stands, _, _) in probed.items() if stands == "unusable"}
-                untried = {revision for revision, (stands, _, _) in probed.items() if stands == "untried"}
-                usable = [revision for revision in current.values() if revision not in broken]
-                lines += carry_out(fleet, graph, usable, untried, [*existing, *new])
+                stands: dict[str, Stands] = {revision: one for revision, (one, _, _) in probed.items()}
+                lines += carry_out(fleet, graph, current, stands, known)
                 for revision, (_, request, line) in probed.items():
                     requests += [request] if request else []
-                    line = line or make_plan(fleet, revision, store, log)
+                    if line is None and revision in current.values():
+                        line = make_plan(fleet, revision, store, log)
                     lines += [line] if line else []
                 page = _page_state(fleet)
             if page not in (None, cursor):
@@ -145,19 +156,46 @@ def build_base_updates_sensor(
     return base_updates
 
 
-Stands = Literal["usable", "untried", "unusable"]
+def _remember(
+    fleet: Fleet, current: Mapping[str, str], existing: Sequence[str], families: Sequence[str]
+) -> dict[str, str]:
+    """Write down what the sources hold, and give back what those that could not be read held last. The order
+    of the partitions does not say that: a publisher may go back to an earlier revision."""
+    notes = fleet.book.notes()
+    last = {name: notes.get(f"base:{name}", {}).get("current") for name in families}
+    held = {name: str(note.value["revision"]) for name, note in last.items() if note is not None}
+    for name, revision in current.items():
+        note = notes.get(_held(revision), {}).get("held")
+        before: float = note.value["after"] if note else 0.0
+        old = None if revision in existing else newest_materialization(fleet.instance, revision)
+        after = max(before, old.timestamp) if old else before
+        # what an earlier run could not make may be made now, and what was made for a partition that is
+        # deleted is gone; written first, so that a tick that dies in between does it again
+        if held.get(name, revision) != revision or after > before:
+            fleet.book.note(_held(revision), "held", {"after": after})
+        if held.get(name) != revision:
+            fleet.book.note(f"base:{name}", "current", {"revision": revision})
+    return {name: held[name] for name in held if name not in current and held[name] in existing}
 
 
-def _bring_up(fleet: Fleet, revision: str) -> tuple[Stands, dg.RunRequest | None, str | None]:
+def _held(revision: str) -> str:
+    return f"base_revision:{revision}"
+
+
+def _bring_up(
+    fleet: Fleet, revision: str, held: Note | None
+) -> tuple[Stands, dg.RunRequest | None, str | None]:
     """Have a base revision made and probed: (how it stands, the run that does so, what it waits for). One
-    that can't be used stays as it is: a person may materialize it again."""
+    that can't be used stays as it is, until its source holds it again or a person materializes it. `held`:
+    since when the source holds it, when it was not the first one of its family."""
     instance = fleet.instance
-    probe = probe_of(instance, revision)
+    probe = probe_of(instance, revision, held.value["after"] if held else 0.0)
     if probe is None:
-        tags = {RUN_KEY_TAG: revision}
-        records = instance.get_run_records(dg.RunsFilter(tags=tags))
-        if not records:
-            request = dg.RunRequest(revision, asset_selection=[BASE], partition_key=revision)
+        key = f"{revision}:{held.at}" if held else revision
+        records = instance.get_run_records(dg.RunsFilter(tags={RUN_KEY_TAG: key}))
+        # none, or the daemon died before the run was submitted: under the same key Dagster goes on with it
+        if all(record.dagster_run.status == NOT_STARTED for record in records):
+            request = dg.RunRequest(key, asset_selection=[BASE], partition_key=revision)
             return "untried", request, f"{revision} is materialized and probed"
         ended = settled(instance, records)
         if ended is None:
@@ -174,7 +212,7 @@ def _stopped(fleet: Fleet, revision: str, run_id: str, reason: str | None) -> st
     if reason is None:
         kinds = {dg.DagsterEventType.STEP_FAILURE, dg.DagsterEventType.RUN_FAILURE}
         reasons = [failure_of(entry) for entry in fleet.instance.all_logs(run_id, of_type=kinds)]
-        reason = next((one for one in reasons if one), "its run did not succeed")
+        reason = next((one for one in reasons if one), "it was not made and probed to the end")
     fleet.book.alert(
         Alert(
             id=f"base_revision:{revision}:{run_id}",
@@ -196,7 +234,8 @@ def _page_state(fleet: Fleet) -> str | None:
     if any(history.claimed and history.is_open for history in histories):
         return sha256_bytes(canonical_json(sorted(history.decision.id for history in histories)))[:16]
     states = sorted([history.decision.id, history.state] for history in histories)
-    serving = sorted([name, release.adapter_digest] for name, release in fleet.serving.items())
+    # a release of its own, also where an earlier adapter serves again: a run key is used once
+    serving = sorted([name, release.id] for name, release in fleet.serving.items())
     return sha256_bytes(canonical_json([states, serving]))[:16]
 
 

@@ -7,8 +7,9 @@ its own.
 """
 
 import datetime
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 
 import dagster as dg
 from dagster._core.storage.tags import AUTO_RETRY_RUN_ID_TAG, WILL_RETRY_TAG
@@ -16,7 +17,7 @@ from dagster._core.storage.tags import AUTO_RETRY_RUN_ID_TAG, WILL_RETRY_TAG
 from ml_assets.base_models.partitions import BASE_MODELS
 from ml_assets.decisions.asset import asset_url
 from ml_assets.decisions.book import DecisionBook
-from ml_assets.decisions.diagnosis import Policies, Policy, again, escalated, predict
+from ml_assets.decisions.diagnosis import Policies, Policy, again, escalated, permitted, predict
 from ml_assets.decisions.records import Action, Alert, Decision
 from ml_assets.decisions.tags import ACTION_TAG, CUSTOMIZATION_TAG, DECISION_TAG
 from ml_assets.endpoints.ledger import Ledger, Release, now
@@ -56,15 +57,17 @@ def dispatch(
     book, settings, done = DecisionBook(ledger), Settings.from_env(), Dispatched()
     claims = [claim for claim in book.claims() if claim.decision.action in actions]
     runs = runs_of(instance, [claim.decision.id for claim in claims])
+    revisions = set(instance.get_dynamic_partitions(str(BASE_MODELS.name)))
     for claim in claims:
         records = runs.get(claim.decision.id, [])
         if all(record.dagster_run.status == NOT_STARTED for record in records):
             # claimed, and its run was never submitted: the daemon or the tick died in between
-            if claim.customization in specs:
+            if reason := _impossible(claim.decision, specs, revisions):
+                book.step(claim.decision.id, "dropped", reason)
+                done.lines.append(f"{claim.customization}: {claim.decision.action} is dropped: {reason}")
+            else:
                 done.requests.append(run_request(claim.decision, targets))
                 done.lines.append(f"{claim.customization}: {claim.decision.action} is requested again")
-            else:
-                book.step(claim.decision.id, "dropped", "the customization is not declared any more")
         elif ended := settled(instance, records):
             _close(book, claim.decision, ended, specs, settings, done)
         else:
@@ -72,14 +75,19 @@ def dispatch(
     pending = book.pending(actions)
     if not pending:
         return done
-    revisions = set(instance.get_dynamic_partitions(str(BASE_MODELS.name)))
     hand_made = running(instance, [decision.customization for decision in pending])
     for decision in pending:
         name = decision.customization
         if len(done.requests) >= RUNS_PER_TICK:
             done.lines.append("more at the next tick")
             break
-        if reason := _outdated(decision, specs, serving.get(name), revisions, policies, settings):
+        release = serving.get(name)
+        if name in specs and (reason := _outdated(decision, release, policies.of(name, settings))):
+            then = _scheduled_anew(book, decision, release, policies.of(name, settings))
+            book.finish(decision, "dropped", reason, "", then, _blocked(then, settings))
+            line = f"{name}: {decision.action} is dropped: {reason}"
+            done.lines.append(line + (f"; next: {then.action} ({then.status})" if then else ""))
+        elif reason := _impossible(decision, specs, revisions):
             book.step(decision.id, "dropped", reason)
             done.lines.append(f"{name}: {decision.action} is dropped: {reason}")
         elif (wait := retry_after.get(decision.attempt)) and _since(decision.at) < wait:
@@ -88,13 +96,12 @@ def dispatch(
             done.lines.append(f"{name}: {decision.action} waits for run {hand_made[name][:8]}")
         else:
             policy = policies.of(name, settings)
-            refused = book.claim(decision, policy.own, policy.fleet, policy.price)
+            alert = partial(_alert, decision, "blocked by the budget", settings=settings)
+            refused = book.claim(decision, policy.own, policy.fleet, policy.price, alert)
             if refused is None:
                 done.requests.append(run_request(decision, targets))
             else:
                 done.lines.append(f"{name}: {decision.action} waits or is closed: {refused}")
-                if refused.startswith("the budget"):
-                    book.alert(_alert(decision, "blocked by the budget", refused, settings))
     return done
 
 
@@ -193,11 +200,10 @@ def _close(
     else:
         then = again(decision, f"run {run.run_id[:8]}")
         step, detail = ("failed", "") if then else ("gave_up", f"{decision.attempt} attempts failed")
-    book.finish(decision, step, detail, run.run_id, then)
+    alerts = _blocked(then, settings)
     if step == "gave_up" and then is None:
-        book.alert(_alert(decision, "failed and is not tried again", detail, settings))
-    if then is not None and then.status == "blocked_by_budget":
-        book.alert(_alert(then, "blocked by the budget", then.reason, settings))
+        alerts.append(_alert(decision, "failed and is not tried again", detail, settings))
+    book.finish(decision, step, detail, run.run_id, then, alerts)
     line = f"{name}: {decision.action} {step}" + (f", {detail}" if detail else "")
     done.lines.append(line + (f"; next: {then.action} ({then.status})" if then else ""))
     metadata: dict[str, dg.MetadataValue] = {
@@ -224,25 +230,56 @@ def _escalate(
     return escalated(decision, why, seconds, policy, book.spent(spec.name, month), book.spent(None, month))
 
 
-def _outdated(
-    decision: Decision,
-    specs: Mapping[str, CustomizationSpec],
-    release: Release | None,
-    revisions: set[str],
-    policies: Policies,
-    settings: Settings,
+def _impossible(
+    decision: Decision, specs: Mapping[str, CustomizationSpec], revisions: Collection[str]
 ) -> str | None:
-    """Why a decision that was not begun does not hold any more."""
+    """Why a decision can't be carried out."""
     if decision.customization not in specs:
         return "the customization is not declared any more"
-    if decision.policy != policies.of(decision.customization, settings).version:
-        return "the policy changed; the next look decides again"
-    serves = release.adapter_digest if release else ""
-    if decision.adapter_digest != serves:
-        return f"adapter {serves[:12] or 'none'} serves since"
     if decision.base_revision is not None and decision.base_revision not in revisions:
         return f"base revision {decision.base_revision} is not a partition any more"
     return None
+
+
+def _outdated(decision: Decision, release: Release | None, policy: Policy) -> str | None:
+    """Why a decision that was not begun does not hold any more."""
+    if decision.policy != policy.version:
+        return "the policy changed; it is decided again"
+    serves = release.adapter_digest if release else ""
+    return f"adapter {serves[:12] or 'none'} serves since" if decision.adapter_digest != serves else None
+
+
+def _scheduled_anew(
+    book: DecisionBook, decision: Decision, release: Release | None, policy: Policy
+) -> Decision | None:
+    """The decision of a schedule, about what serves now. Nobody else makes it again before its next time,
+    which may be a month away."""
+    if release is None or not decision.evidence.startswith("schedule-"):
+        return None
+    name, month, seconds = decision.customization, now()[:7], decision.device_seconds
+    anew = replace(
+        decision,
+        # what serves is a part of it, so that it is another decision
+        evidence=f"{decision.evidence.partition('@')[0]}@{release.id}",
+        adapter_digest=release.adapter_digest,
+        base_revision=release.base_revision,
+        policy=policy.version,
+        cost=None if seconds is None else round(seconds * policy.price, 4),
+        currency=policy.currency,
+        at="",
+    )
+    return permitted(
+        anew,
+        policy,
+        book.spent(name, month) + book.reserved(name, policy.price),
+        book.spent(None, month) + book.reserved(None, policy.price),
+    )
+
+
+def _blocked(then: Decision | None, settings: Settings) -> list[Alert]:
+    if then is None or then.status != "blocked_by_budget":
+        return []
+    return [_alert(then, "blocked by the budget", then.reason, settings)]
 
 
 def _since(at: str) -> datetime.timedelta:

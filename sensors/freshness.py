@@ -146,20 +146,17 @@ def _record(
             rows = int(dataset.value["train_rows"]) if dataset else 0
             seconds = predict(book.costs(spec.name), rows, 0, 0.0)["refresh_source"]
         made.append(decide(spec, stale, seconds, book.spent(spec.name, month), fleet))
-    made = book.record_all(made)
-    book.alert(
-        *(
-            Alert(
-                f"blocked_by_budget:{decision.id}",
-                f"{decision.customization}: {decision.action} is blocked by the budget",
-                f"{decision.diagnosis} {decision.reason}",
-                customization=decision.customization,
-            )
-            for decision in made
-            if decision.status == "blocked_by_budget"
+    alerts = [
+        Alert(
+            f"blocked_by_budget:{decision.id}",
+            f"{decision.customization}: {decision.action} is blocked by the budget",
+            f"{decision.diagnosis} {decision.reason}",
+            customization=decision.customization,
         )
-    )
-    return made
+        for decision in made
+        if decision.status == "blocked_by_budget"
+    ]
+    return book.record_all(made, alerts)
 
 
 def _dataset(notes: Mapping[str, Note], stale: Stale) -> str:

@@ -9,6 +9,8 @@ import datetime
 import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Literal
 
 import dagster as dg
 from dagster._core.definitions.assets.graph.base_asset_graph import BaseAssetGraph
@@ -20,6 +22,7 @@ from dagster._core.execution.backfill import (
 from dagster._core.storage.tags import SENSOR_NAME_TAG
 
 from ml_assets.artifacts import ArtifactError, ArtifactRef, ArtifactStore, read_json
+from ml_assets.base_models.asset import CHECKS
 from ml_assets.decisions.asset import asset_url
 from ml_assets.decisions.book import DecisionBook, History
 from ml_assets.decisions.diagnosis import Policies, again
@@ -79,22 +82,40 @@ class Probe:
     complete: bool
 
 
-def probe_of(instance: dg.DagsterInstance, revision: str) -> Probe | None:
-    """The checks of the newest materialization of a base revision; None where there is none."""
-    which = dg.AssetRecordsFilter(asset_key=BASE, asset_partitions=[revision])
-    records = instance.fetch_materializations(which, limit=1).records
-    if not records:
+Stands = Literal["usable", "untried", "unusable"]
+"""Of a base revision: it passed its probe, is not probed to the end, or nothing is migrated to it."""
+
+
+def newest_materialization(
+    instance: dg.DagsterInstance, revision: str, after: float = 0.0
+) -> dg.EventLogRecord | None:
+    """Of a base revision, later than the timestamp `after`."""
+    which = dg.AssetRecordsFilter(asset_key=BASE, asset_partitions=[revision], after_timestamp=after or None)
+    return next(iter(instance.fetch_materializations(which, limit=1).records), None)
+
+
+def probe_of(instance: dg.DagsterInstance, revision: str, after: float = 0.0) -> Probe | None:
+    """The checks of the newest materialization of a base revision later than `after`; None where there is
+    none, or its run died before all of them were evaluated."""
+    record = newest_materialization(instance, revision, after)
+    if record is None:
         return None
-    run_id = records[0].run_id
+    run_id = record.run_id
+    evaluated: set[str] = set()
     failed: dict[str, str] = {}
     for entry in instance.all_logs(run_id, of_type=dg.DagsterEventType.ASSET_CHECK_EVALUATION):
         event = entry.dagster_event
         if event is None:
             continue
         check = event.asset_check_evaluation_data
-        if check.asset_key == BASE and check.partition in (None, revision) and not check.passed:
-            failed[check.check_name] = check.description or ""
+        if check.asset_key == BASE and check.partition in (None, revision):
+            evaluated.add(check.check_name)
+            if not check.passed:
+                failed[check.check_name] = check.description or ""
     run = instance.get_run_by_id(run_id)
+    # Dagster stores that the asset was made before it stores what its checks say
+    if run is not None and run.is_finished and not run.is_success and CHECKS.keys() - evaluated:
+        return None
     return Probe(run_id, failed, run is None or run.is_finished)
 
 
@@ -154,20 +175,18 @@ def make_plan(fleet: Fleet, revision: str, store: ArtifactStore, log: TrafficLog
             },
         )
     )
-    fleet.book.record_all(made)
-    fleet.book.alert(
-        *(
-            Alert(
-                f"blocked_by_budget:{decision.id}",
-                f"{decision.customization}: its migration to {revision} is blocked by the budget",
-                f"{decision.diagnosis} {decision.reason}",
-                customization=decision.customization,
-                url=asset_url(fleet.settings.dagster_url, *PLAN.path),
-            )
-            for decision in made
-            if decision.status == "blocked_by_budget"
+    alerts = [
+        Alert(
+            f"blocked_by_budget:{decision.id}",
+            f"{decision.customization}: its migration to {revision} is blocked by the budget",
+            f"{decision.diagnosis} {decision.reason}",
+            customization=decision.customization,
+            url=asset_url(fleet.settings.dagster_url, *PLAN.path),
         )
-    )
+        for decision in made
+        if decision.status == "blocked_by_budget"
+    ]
+    fleet.book.record_all(made, alerts)
     states = [f"{sum(d.status == s for d in made)} {s}" for s in sorted({d.status for d in made})]
     return f"planned the migration to {revision}: {', '.join(states)}; predicted {seconds:g} device seconds"
 
@@ -194,13 +213,13 @@ def stake_of(
 def carry_out(
     fleet: Fleet,
     graph: BaseAssetGraph,
-    current: Collection[str],
-    untried: Collection[str],
+    current: Mapping[str, str],
+    stands: Mapping[str, Stands],
     revisions: Collection[str],
 ) -> list[str]:
     """Close what has ended, start what was decided at an earlier tick; what was done, in lines. `current`:
-    the newest revision of each family that is not known to be unusable; `untried`: those of them that are not
-    probed yet; `revisions`: the partitions."""
+    the revision that each family's source holds, as far as that is known; `stands`: how these and the
+    revisions of open decisions stand; `revisions`: the partitions."""
     lines: list[str] = []
     batches: dict[str, list[Decision]] = {}
     waiting: list[Decision] = []
@@ -208,17 +227,23 @@ def carry_out(
         if not (history.is_open and history.claimed):
             continue
         started = next((step for step in history.steps if step.step == "started"), None)
-        if started is None:  # claimed, and what claimed it died
-            waiting.append(history.decision)
-        elif (line := _follow(fleet, history, started.detail)) is not None:
+        decision = history.decision
+        if started is not None and (line := _follow(fleet, history, started.detail)) is not None:
             lines.append(line)
+        elif started is not None and fleet.instance.get_backfill(started.detail) is not None:
+            batches.setdefault(started.detail, []).append(decision)
+        # claimed, and what claimed it died
+        elif reason := _impossible(fleet, decision, stands, revisions):
+            lines.append(_drop(fleet, decision, reason))
+        elif started is None:
+            waiting.append(decision)
         else:
-            batches.setdefault(started.detail, []).append(history.decision)
+            batches.setdefault(started.detail, []).append(decision)
     for name, decisions in batches.items():
         if fleet.instance.get_backfill(name) is None:
             _add_backfill(fleet, graph, name, decisions)
         lines.append(f"backfill {name} migrates {listing([d.customization for d in decisions])}")
-    waiting += _claim(fleet, current, untried, revisions, lines)
+    waiting += _claim(fleet, current, stands, revisions, lines)
     for revision in sorted({str(decision.base_revision) for decision in waiting}):
         together = by_value([decision for decision in waiting if decision.base_revision == revision])
         name = fleet.book.start_together([decision.id for decision in together])
@@ -230,8 +255,8 @@ def carry_out(
 
 def _claim(
     fleet: Fleet,
-    current: Collection[str],
-    untried: Collection[str],
+    current: Mapping[str, str],
+    stands: Mapping[str, Stands],
     revisions: Collection[str],
     lines: list[str],
 ) -> list[Decision]:
@@ -242,52 +267,60 @@ def _claim(
     busy = running(fleet.instance, [decision.customization for decision in pending])
     claimed = []
     for decision in pending:
-        name = decision.customization
+        name, revision = decision.customization, str(decision.base_revision)
+        family = revision.rpartition("@")[0]
         age = datetime.datetime.now(datetime.UTC) - datetime.datetime.fromisoformat(decision.at)
-        newest = _newest(str(decision.base_revision), current)
-        if newest != decision.base_revision and newest in untried:
-            lines.append(f"{name}: its migration to {decision.base_revision} waits: {newest} is being probed")
-        elif reason := _outdated(fleet, decision, current, revisions):
-            fleet.book.step(decision.id, "dropped", reason)
-            lines.append(f"{name}: its migration to {decision.base_revision} is dropped: {reason}")
+        newest = current.get(family)
+        untried = [one for one in (newest, revision) if one is not None and stands.get(one) == "untried"]
+        if reason := _impossible(fleet, decision, stands, revisions):
+            lines.append(_drop(fleet, decision, reason))
+        elif newest is None:
+            lines.append(f"{name}: its migration to {revision} waits until the source of {family} was read")
+        elif untried:
+            lines.append(f"{name}: its migration to {revision} waits: {untried[0]} is being probed")
+        elif reason := _outdated(fleet, decision, newest, stands):
+            lines.append(_drop(fleet, decision, reason))
         elif (wait := fleet.retry_after.get(decision.attempt)) and age < wait:
             lines.append(f"{name}: attempt {decision.attempt} to migrate it waits {wait}")
         elif name in busy:
             lines.append(f"{name}: its migration waits for run {busy[name][:8]}")
         else:
             policy = fleet.policies.of(name, fleet.settings)
-            refused = fleet.book.claim(decision, policy.own, policy.fleet, policy.price)
+            blocked = partial(_alert, fleet, decision, "is blocked by the budget")
+            refused = fleet.book.claim(decision, policy.own, policy.fleet, policy.price, blocked)
             if refused is None:
                 claimed.append(decision)
             else:
                 lines.append(f"{name}: its migration waits or is closed: {refused}")
-                if refused.startswith("the budget"):
-                    fleet.book.alert(_alert(fleet, decision, "is blocked by the budget", refused))
     return claimed
 
 
-def _outdated(
-    fleet: Fleet, decision: Decision, current: Collection[str], revisions: Collection[str]
+def _drop(fleet: Fleet, decision: Decision, reason: str) -> str:
+    fleet.book.step(decision.id, "dropped", reason)
+    return f"{decision.customization}: its migration to {decision.base_revision} is dropped: {reason}"
+
+
+def _impossible(
+    fleet: Fleet, decision: Decision, stands: Mapping[str, Stands], revisions: Collection[str]
 ) -> str | None:
-    """Why a decision that was not begun does not hold any more."""
+    """Why a decision can't be carried out."""
     name, revision = decision.customization, str(decision.base_revision)
-    family = revision.rpartition("@")[0]
-    if name not in fleet.specs or family not in fleet.specs[name].base_models:
+    if name not in fleet.specs or revision.rpartition("@")[0] not in fleet.specs[name].base_models:
         return "the customization does not follow it any more"
-    if (newest := _newest(revision, current)) != revision:
-        return f"{newest} is newer"
     if revision not in revisions:
         return "it is not a partition any more"
+    return "it failed its probe" if stands.get(revision) == "unusable" else None
+
+
+def _outdated(fleet: Fleet, decision: Decision, newest: str, stands: Mapping[str, Stands]) -> str | None:
+    """Why a decision that was not begun does not hold any more."""
+    name, revision = decision.customization, str(decision.base_revision)
+    if newest != revision and stands.get(newest) == "usable":
+        return f"{newest} is newer"
     if decision.policy != fleet.policies.of(name, fleet.settings).version:
         return "the policy changed; it is decided again"
     release = fleet.serving.get(name)
     return "it serves on it since" if release is not None and release.base_revision == revision else None
-
-
-def _newest(revision: str, current: Collection[str]) -> str:
-    """The newest revision of the same family."""
-    family = revision.rpartition("@")[0]
-    return next((one for one in current if one.rpartition("@")[0] == family), revision)
 
 
 def _add_backfill(fleet: Fleet, graph: BaseAssetGraph, name: str, decisions: Sequence[Decision]) -> None:
@@ -341,9 +374,8 @@ def _follow(fleet: Fleet, history: History, backfill_id: str) -> str | None:
         else:
             then = again(decision, f"backfill {backfill_id}")
             step, detail = ("failed", "") if then else ("gave_up", f"{decision.attempt} attempts failed")
-    fleet.book.finish(decision, step, detail, backfill_id, then)
-    if step == "gave_up":
-        fleet.book.alert(_alert(fleet, decision, "failed and is not tried again", detail))
+    gave_up = [_alert(fleet, decision, "failed and is not tried again", detail)] if step == "gave_up" else []
+    fleet.book.finish(decision, step, detail, backfill_id, then, gave_up)
     return f"{name}: its migration to {decision.base_revision} {step}" + (f", {detail}" if detail else "")
 
 

@@ -1,6 +1,7 @@
 """Tells people what failed and what was blocked: a log line, and a JSON message to a webhook."""
 
 import datetime
+import time
 from collections import Counter
 from typing import Any
 
@@ -23,6 +24,8 @@ TICK = datetime.timedelta(microseconds=1)
 """Of the clock of updates: runs after one that ended at the same moment are looked at, too."""
 FIRST_LOOK = datetime.timedelta(days=1)
 SECONDS = 5.0
+PATIENCE = 20.0
+"""Seconds after which a tick begins no other message; Dagster gives up on a tick after 60."""
 REFUSED = frozenset({400, 413, 422})
 """What a webhook answers to a message that it does not take at any time: later ones must not wait for it."""
 
@@ -56,7 +59,8 @@ def build_run_failures_sensor(seconds: float = SECONDS) -> dg.SensorDefinition:
             new = [run for run in final if f"run:{run.run_id}" in fresh]
             book.alert(*(_alert(context.instance, run, settings) for run in new))
             lines = [f"{len(new)} runs failed"] if new else []
-            lines += _deliver(context, book, settings.alert_webhook, seconds)
+            # what comes from a secret's file ends in a newline
+            lines += _deliver(context, book, (settings.alert_webhook or "").strip(), seconds)
         # a full page goes on where it ended: with the overlap, the same page might come again and again
         full = len(failed) == RUNS_PER_TICK
         last = failed[-1].update_timestamp + OVERLAP - TICK if full else now
@@ -82,35 +86,40 @@ def message(alert: Alert) -> dict[str, Any]:
 
 
 def _deliver(
-    context: dg.SensorEvaluationContext, book: DecisionBook, webhook: str | None, seconds: float
+    context: dg.SensorEvaluationContext, book: DecisionBook, webhook: str, seconds: float
 ) -> list[str]:
     told: Counter[bool] = Counter()
+    late, waits = time.monotonic() + PATIENCE, list[str]()
     # a proxy of the environment may be what reaches the webhook, so it is used
     with httpx.Client(timeout=seconds) as client:
         for alert in book.undelivered():
+            if time.monotonic() > late:
+                waits = ["the webhook is slow, the others wait"]
+                break
             context.log.warning(f"{alert.title}: {alert.text}")
             taken = True
             if webhook:
                 try:
-                    response = client.post(webhook, json=message(alert))
-                    taken = response.status_code not in REFUSED
-                    if taken:
-                        response.raise_for_status()
-                    else:
-                        context.log.error(f"the webhook refuses this alert ({response.status_code})")
-                except httpx.HTTPError as error:
+                    # the answer's body says nothing, and may take for ever: `seconds` are for each part of it
+                    with client.stream("POST", webhook, json=message(alert)) as response:
+                        taken = response.status_code not in REFUSED
+                        if taken:
+                            response.raise_for_status()
+                        else:
+                            context.log.error(f"the webhook refuses this alert ({response.status_code})")
+                except (httpx.HTTPError, httpx.InvalidURL) as error:
                     # the address may hold a secret, and so may the error that names it
                     status = error.response.status_code if isinstance(error, httpx.HTTPStatusError) else ""
                     reason = f"{type(error).__name__} {status}".strip()
-                    waits = f"the webhook did not take the next one ({reason}), it waits"
-                    return [f"{told[True]} alerts sent; {waits}"]
+                    refused = f"the webhook did not take the next one ({reason}), it waits"
+                    return [f"{told[True]} alerts sent; {refused}"]
             book.delivered(alert.id)
             told[taken] += 1
     lines = [f"{told[False]} alerts refused by the webhook"] if told[False] else []
     if told[True]:
         where = "sent" if webhook else "logged (EVERGREEN_ALERT_WEBHOOK is not set)"
         lines.append(f"{told[True]} alerts {where}")
-    return lines
+    return lines + waits
 
 
 def _alert(instance: dg.DagsterInstance, run: dg.DagsterRun, settings: Settings) -> Alert:

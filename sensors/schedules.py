@@ -4,9 +4,10 @@ from collections.abc import Mapping
 
 import dagster as dg
 
+from ml_assets.decisions.asset import asset_url
 from ml_assets.decisions.book import DecisionBook
 from ml_assets.decisions.diagnosis import Policy, permitted, predict
-from ml_assets.decisions.records import Decision, Rejected
+from ml_assets.decisions.records import Alert, Decision, Rejected
 from ml_assets.decisions.tags import CUSTOMIZATION_TAG
 from ml_assets.endpoints.ledger import Ledger, Release, now
 from ml_assets.settings import Settings
@@ -54,12 +55,27 @@ def _build(
                 return dg.SkipReason(
                     f"{spec.name} serves nothing yet: run {spec.name}__main for a base revision"
                 )
-            made = DecisionBook(opened).record(scheduled(spec, block, at, release, opened))
+            made = scheduled(spec, block, at, release, opened)
+            (made,) = DecisionBook(opened).record_all([made], _alerts(made))
         sensor = "stale_data" if made.action == "refresh_source" else "drift"
         then = f"the sensor {sensor} starts it" if made.status == "to_do" else "nothing is started"
         return dg.SkipReason(f"decided: {made.action} ({made.status}): {made.reason}; {then}")
 
     return decide_at_its_time
+
+
+def _alerts(decision: Decision) -> list[Alert]:
+    if decision.status != "blocked_by_budget":
+        return []
+    return [
+        Alert(
+            f"blocked_by_budget:{decision.id}",
+            f"{decision.customization}: the {decision.action} of its schedule is blocked by the budget",
+            f"{decision.diagnosis} {decision.reason}",
+            customization=decision.customization,
+            url=asset_url(Settings.from_env().dagster_url, decision.customization, "decision"),
+        )
+    ]
 
 
 def scheduled(

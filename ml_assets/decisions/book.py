@@ -8,7 +8,7 @@ holds the newest facts that assets wrote down, so that a sensor needs one query 
 import contextlib
 import dataclasses
 import json
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 import sqlalchemy as sa
@@ -186,10 +186,12 @@ class DecisionBook:
         first."""
         return self.record_all([decision])[0]
 
-    def record_all(self, decisions: Sequence[Decision]) -> list[Decision]:
-        """`record`, for many in one transaction."""
+    def record_all(self, decisions: Sequence[Decision], alerts: Sequence[Alert] = ()) -> list[Decision]:
+        """`record`, for many in one transaction, which raises the alerts about them, too."""
         with self._writing() as connection:
-            return [_record(connection, decision) for decision in decisions]
+            recorded = [_record(connection, decision) for decision in decisions]
+            _raise(connection, alerts)
+            return recorded
 
     def get(self, decision_id: str) -> History | None:
         with self._engine.connect() as connection:
@@ -316,13 +318,21 @@ class DecisionBook:
             _step(connection, decision_id, step, detail, run_id)
 
     def finish(
-        self, decision: Decision, step: Step, detail: str, run_id: str, then: Decision | None = None
+        self,
+        decision: Decision,
+        step: Step,
+        detail: str,
+        run_id: str,
+        then: Decision | None = None,
+        alerts: Sequence[Alert] = (),
     ) -> None:
-        """Close a decision, give its claim back, and record what follows from it, or nothing of these."""
+        """Close a decision, give its claim back, record what follows from it and raise the alerts, or nothing
+        of these."""
         with self._writing() as connection:
             _step(connection, decision.id, step, detail, run_id)
             if then is not None:
                 _record(connection, then)
+            _raise(connection, alerts)
 
     # -- claims ----------------------------------------------------------------------------------------
 
@@ -339,12 +349,19 @@ class DecisionBook:
             rows = connection.execute(query).mappings()
             return [Claim(row["customization"], _decision(row), row["since"]) for row in rows]
 
-    def claim(self, decision: Decision, own: Limits, fleet: Limits, price: float) -> str | None:
+    def claim(
+        self,
+        decision: Decision,
+        own: Limits,
+        fleet: Limits,
+        price: float,
+        alert: Callable[[str], Alert] | None = None,
+    ) -> str | None:
         """Take the right to act on the decision's customization. None when it is ours now, else the reason.
 
         One transaction: of any number of callers one gets it, and what the open claims are going to spend
         counts as spent, so that together they stay within the limits. Over a limit, the decision is closed
-        with the step `blocked_by_budget`.
+        with the step `blocked_by_budget`, and `alert(reason)` is raised.
         """
         with self._writing() as connection:
             if _ended(connection, decision.id):
@@ -366,6 +383,7 @@ class DecisionBook:
                     if reason := limits.exceeded_by(spent, planned):
                         reason = f"the budget {whose}: {reason}"
                         _step(connection, decision.id, "blocked_by_budget", reason, "")
+                        _raise(connection, [alert(reason)] if alert else [])
                         return reason
             connection.execute(
                 sa.insert(_claims).values(
@@ -487,14 +505,7 @@ class DecisionBook:
         if not alerts:
             return
         with self._writing() as connection:
-            query = sa.select(_alerts.c.id).where(_alerts.c.id.in_([alert.id for alert in alerts]))
-            known = set(connection.execute(query).scalars())
-            for alert in alerts:
-                if alert.id not in known:
-                    known.add(alert.id)
-                    alert = dataclasses.replace(alert, at=now())
-                    body = json.dumps(dataclasses.asdict(alert))
-                    connection.execute(sa.insert(_alerts).values(id=alert.id, body=body, at=alert.at))
+            _raise(connection, alerts)
 
     def unknown_alerts(self, ids: Collection[str]) -> set[str]:
         """Those of the ids that were not raised yet."""
@@ -541,6 +552,17 @@ def _record(connection: sa.Connection, decision: Decision) -> Decision:
     row = {name: body[name] for name in columns}
     connection.execute(sa.insert(_decisions).values(row | {"id": decision.id, "body": json.dumps(body)}))
     return decision
+
+
+def _raise(connection: sa.Connection, alerts: Sequence[Alert]) -> None:
+    query = sa.select(_alerts.c.id).where(_alerts.c.id.in_([alert.id for alert in alerts]))
+    known = set(connection.execute(query).scalars()) if alerts else set[str]()
+    for alert in alerts:
+        if alert.id not in known:
+            known.add(alert.id)
+            alert = dataclasses.replace(alert, at=now())
+            body = json.dumps(dataclasses.asdict(alert))
+            connection.execute(sa.insert(_alerts).values(id=alert.id, body=body, at=alert.at))
 
 
 def _migrating(connection: sa.Connection, customization: str, revision: str) -> str | None:

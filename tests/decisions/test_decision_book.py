@@ -187,6 +187,33 @@ def test_an_alert_waits_until_it_was_delivered_and_is_raised_once(book: Decision
     assert book.unknown_alerts(["a", "c"]) == {"c"}
 
 
+def test_an_alert_is_raised_with_what_it_is_about_or_not_at_all(
+    book: DecisionBook, ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alert, decision = Alert("a", "title", "text"), make()
+    spend(book, "home", 5.0, "run1")
+    changes = (
+        lambda: book.record_all([decision], [alert]),
+        lambda: book.finish(decision, "gave_up", "", "run", alerts=[alert]),
+        lambda: book.claim(decision, Limits(1.0), NO_LIMITS, 1.0, lambda reason: alert),
+    )
+
+    def die(*_: object) -> None:
+        raise RuntimeError("killed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("ml_assets.decisions.book._raise", die)
+        for change in changes:
+            with pytest.raises(RuntimeError):
+                change()
+    assert book.get(decision.id) is None
+    book.record(decision)
+    assert book.get(decision.id).steps == ()
+    for change in changes:
+        change()
+    assert [alert.id for alert in book.undelivered()] == ["a"]
+
+
 def test_many_processes_create_the_tables_at_once(tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path}/ledger.db"
     program = f"""

@@ -1,7 +1,9 @@
 """Alerts reach a webhook once, whatever happens to it; unusual feedback is told."""
 
+import contextlib
 import json
 import threading
+import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -33,6 +35,7 @@ class Webhook:
         self.got: list[dict[str, Any]] = []
         self.status = 200
         self.refuses: dict[str, int] = {}
+        self.drips = 0
         outer = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -42,7 +45,13 @@ class Webhook:
                 if status == 200:
                     outer.got.append(body)
                 self.send_response(status)
+                if outer.drips:
+                    self.send_header("content-length", str(outer.drips))
                 self.end_headers()
+                with contextlib.suppress(OSError):  # nobody waits for it
+                    for _ in range(outer.drips):
+                        self.wfile.write(b"x")
+                        time.sleep(0.1)
 
             def log_message(self, *_: Any) -> None: ...
 
@@ -147,6 +156,50 @@ def test_what_the_webhook_does_not_take_waits(instance: dg.DagsterInstance, webh
     book.alert(Alert("c", "third", "text"))
     assert "(ConnectError), it waits" in tick()
     assert [alert.id for alert in book.undelivered()] == ["c"]
+
+
+def test_a_webhook_whose_answer_takes_long_is_not_waited_for(
+    instance: dg.DagsterInstance, webhook: Webhook
+) -> None:
+    book = DecisionBook(Ledger(Settings.from_env().ledger_url))
+    book.alert(Alert("a", "first", "text"))
+    webhook.drips = 100
+    began = time.monotonic()
+    assert Ticks(build_run_failures_sensor(), instance)() == "1 alerts sent"
+    assert time.monotonic() - began < 8
+
+
+def test_a_tick_ends_while_alerts_wait(
+    instance: dg.DagsterInstance, webhook: Webhook, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    book = DecisionBook(Ledger(Settings.from_env().ledger_url))
+    book.alert(Alert("a", "first", "text"), Alert("b", "second", "text"))
+    tick = Ticks(build_run_failures_sensor(), instance)
+    with monkeypatch.context() as patch:
+        patch.setattr(sensors.run_failures, "PATIENCE", 0.0)
+        assert "the webhook is slow, the others wait" in tick()
+    tick()
+    assert [alert["id"] for alert in webhook.got] == ["a", "b"]
+
+
+@pytest.mark.parametrize("url", ["https://hooks.example.com:port/secret", "hooks.example.com/secret"])
+def test_a_webhook_that_is_no_address_is_told_in_the_tick(
+    instance: dg.DagsterInstance, monkeypatch: pytest.MonkeyPatch, url: str
+) -> None:
+    monkeypatch.setenv("EVERGREEN_ALERT_WEBHOOK", url)
+    book = DecisionBook(Ledger(Settings.from_env().ledger_url))
+    book.alert(Alert("a", "first", "text"))
+    why = Ticks(build_run_failures_sensor(), instance)()
+    assert "the webhook did not take the next one" in why and "secret" not in why
+    assert len(book.undelivered()) == 1
+
+
+def test_a_webhook_from_a_file_with_a_newline(
+    instance: dg.DagsterInstance, webhook: Webhook, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EVERGREEN_ALERT_WEBHOOK", f"{webhook.url}\n")
+    DecisionBook(Ledger(Settings.from_env().ledger_url)).alert(Alert("a", "first", "text"))
+    assert Ticks(build_run_failures_sensor(), instance)() == "1 alerts sent"
 
 
 @pytest.mark.parametrize(("status", "taken"), [(400, ["b"]), (413, ["b"]), (401, []), (503, [])])

@@ -18,6 +18,7 @@ from maintenance_world import (
     DATASET,
     REVISION,
     make_evidence,
+    make_release,
     make_spec,
     release,
 )
@@ -27,12 +28,14 @@ import sensors.freshness
 from ml_assets.base_models.partitions import BASE_MODELS
 from ml_assets.decisions.book import DecisionBook
 from ml_assets.decisions.diagnosis import Policy, decide
-from ml_assets.decisions.records import Decision
+from ml_assets.decisions.records import Cost, Decision
 from ml_assets.decisions.tags import CUSTOMIZATION_TAG, DECISION_TAG
 from ml_assets.endpoints.ledger import Ledger
 from ml_assets.settings import Settings
+from ml_assets.spec import ScheduleSpec
 from ml_assets.traffic.records import TrafficRecord
 from ml_assets.traffic.store import TrafficLog
+from sensors.schedules import scheduled
 
 NO_WAIT = {2: datetime.timedelta(0), 3: datetime.timedelta(0)}
 SPECS = [make_spec(name, drift={"every": fleet_location.EVERY}) for name in ("home", "other")]
@@ -249,6 +252,7 @@ def test_a_fleet_without_jobs_runs_the_same_assets(fleet: Fleet) -> None:
     assert f"waits for run {run.run_id[:8]}" in fleet.tick("drift")[1]
 
 
+@pytest.mark.usefixtures("dies_before_alerts")
 def test_a_failed_run_is_tried_again_with_another_key_and_then_given_up(fleet: Fleet) -> None:
     (fleet.home / "fail").touch()
     first = fleet.decide()
@@ -320,12 +324,67 @@ def test_a_decision_that_does_not_hold_any_more_is_dropped(fleet: Fleet, changes
     assert history.state == "dropped" and reason in history.end.detail
 
 
+def retrain_at_its_time(fleet: Fleet, at: str = "2026-11-01T03:00") -> Decision:
+    """What the schedule of `home` decides."""
+    block, current = ScheduleSpec(cron="0 3 1 * *", run="retrain"), fleet.ledger.current("home")
+    assert current is not None
+    return fleet.book.record(scheduled(fleet.specs["home"], block, at, current, fleet.ledger))
+
+
+def exhaust(fleet: Fleet) -> None:
+    """The budget of `home` is spent."""
+    fleet.load(make_spec("home", maintenance={"device_seconds_per_month": 1}), SPECS[1])
+    fleet.book.record_cost(Cost("home", "training", REVISION, "a run", 5.0, 10))
+
+
+@pytest.mark.parametrize("what", ["adapter", "base", "policy"])
+def test_what_a_schedule_decided_is_about_what_serves_when_it_begins(fleet: Fleet, what: str) -> None:
+    first, newer = retrain_at_its_time(fleet), "tiny@ba9876543210"
+    if what == "policy":
+        fleet.load(make_spec("home", maintenance={"min_new_rows": 7}), SPECS[1])
+    else:
+        changes = {"base_revision": newer} if what == "base" else {}
+        fleet.instance.add_dynamic_partitions(str(BASE_MODELS.name), [newer])
+        with fleet.ledger.release_transaction("home", "run") as tx:
+            tx.record(make_release("home", "b" * 64, **changes))
+    assert "full_retrain is dropped" in fleet.tick("drift")[1]
+    ((request,), _) = fleet.tick("drift")
+    assert request.partition_key == (newer if what == "base" else REVISION)
+    anew, before = fleet.book.latest("home", 5)
+    assert (before.decision.id, before.state, anew.state) == (first.id, "dropped", "under way")
+    assert request.run_key == anew.decision.key != first.key
+    assert fleet.execute(request).success
+    for _ in range(2):
+        assert fleet.tick("drift")[0] == []
+    assert len(fleet.book.latest("home", 5)) == 2
+
+
+@pytest.mark.usefixtures("dies_before_alerts")
+def test_a_schedule_that_is_blocked_when_it_is_decided_anew_is_told(fleet: Fleet) -> None:
+    retrain_at_its_time(fleet)
+    exhaust(fleet)
+    fleet.tick("drift")
+    assert [h.state for h in fleet.book.latest("home", 5)] == ["blocked_by_budget", "dropped"]
+    (alert,) = fleet.book.undelivered()
+    assert "full_retrain blocked by the budget" in alert.title
+
+
+def test_what_was_claimed_for_a_partition_that_is_gone_is_dropped(fleet: Fleet) -> None:
+    decision = fleet.decide()
+    fleet.tick("drift")  # its run was never made
+    fleet.instance.delete_dynamic_partition(str(BASE_MODELS.name), REVISION)
+    requests, why = fleet.tick("drift")
+    assert requests == [] and "is not a partition any more" in why
+    assert fleet.book.get(decision.id).state == "dropped" and fleet.book.claims() == []
+
+
 @pytest.mark.parametrize("status", ["record_only", "blocked_by_budget", "no_action"])
 def test_what_would_have_been_done_is_not_done(fleet: Fleet, status: str) -> None:
     fleet.decide(status=status)
     assert fleet.tick("drift")[0] == []
 
 
+@pytest.mark.usefixtures("dies_before_alerts")
 def test_an_exhausted_budget_at_the_last_moment(fleet: Fleet) -> None:
     limited = make_spec("home", maintenance={"device_seconds_per_month": 50})
     fleet.load(limited, SPECS[1])
@@ -416,6 +475,15 @@ def test_other_rows_in_the_source_start_the_main_job_once(fleet: Fleet) -> None:
     requests, why = fleet.tick("stale_data")
     assert requests == [] and "refresh_source succeeded" in why
     assert fleet.tick("stale_data")[0] == [], "what it led to is for the gate, not for another run"
+
+
+@pytest.mark.usefixtures("dies_before_alerts")
+def test_other_rows_that_a_budget_does_not_allow_for_are_told(fleet: Fleet) -> None:
+    exhaust(fleet)
+    note_all(fleet, "v2", "v1")
+    assert fleet.tick("stale_data")[0] == []
+    (alert,) = fleet.book.undelivered()
+    assert "refresh_source is blocked by the budget" in alert.title
 
 
 def test_a_source_that_never_rests_is_followed_once_in_a_cooldown(fleet: Fleet) -> None:

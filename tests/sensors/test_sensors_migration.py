@@ -2,6 +2,7 @@
 the daemon does, with a real instance; the runs in between are executed here."""
 
 import datetime
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,22 +10,25 @@ from typing import Any
 import dagster as dg
 import migration_location
 import pytest
+import sqlalchemy as sa
+from dagster._core.events import DagsterEvent, StepMaterializationData
 from dagster._core.execution.backfill import BulkActionStatus, PartitionBackfill
 from dagster._core.storage.tags import BACKFILL_ID_TAG, RUN_KEY_TAG, SENSOR_NAME_TAG
 from dagster._core.test_utils import create_run_for_test
 from maintenance_world import make_release, make_spec
 from migration_location import write_base
 
-from ml_assets.base_models.identity import identify, revision_key
+from ml_assets.base_models.identity import BaseModelError, identify, revision_key
 from ml_assets.base_models.partitions import BASE_MODELS
 from ml_assets.decisions.book import DecisionBook, History
+from ml_assets.decisions.diagnosis import Policies
 from ml_assets.decisions.records import NO_LIMITS, Cost
 from ml_assets.decisions.tags import CUSTOMIZATION_TAG, MIGRATION_TAG
 from ml_assets.endpoints.ledger import Ledger
 from ml_assets.settings import Settings
-from sensors.base_updates import SENSOR
+from sensors.base_updates import SENSOR, _page_state
 from sensors.dispatch import running
-from sensors.migration import PLAN
+from sensors.migration import PLAN, Fleet
 
 NO_WAIT = {2: datetime.timedelta(0), 3: datetime.timedelta(0)}
 BASE = dg.AssetKey("base_model")
@@ -43,6 +47,7 @@ class World:
         self.ledger = Ledger(Settings.from_env().ledger_url)
         self.book = DecisionBook(self.ledger)
         self.cursor: str | None = None
+        self.run_keys: dict[str, str] = {}
         self.load(spec("one"), spec("two"))
 
     def load(self, *specs: Any) -> None:
@@ -67,6 +72,7 @@ class World:
         wanted = [
             request for request in data.run_requests or [] if PLAN not in (request.asset_selection or [])
         ]
+        self.run_keys |= {str(request.partition_key): str(request.run_key) for request in wanted}
         return wanted, data.skip_message or ""
 
     def execute(
@@ -83,8 +89,11 @@ class World:
 
     def settle(self, revision: str) -> None:
         """The revision is materialized, as the tick before asked."""
-        tags = {RUN_KEY_TAG: revision, SENSOR_NAME_TAG: SENSOR}
-        self.execute(BASE, partition=revision, tags=tags)
+        self.execute(BASE, partition=revision, tags=self.asked_for(revision))
+
+    def asked_for(self, revision: str) -> dict[str, str]:
+        """Tags of the run that a tick asked for to make a revision."""
+        return {RUN_KEY_TAG: self.run_keys[revision], SENSOR_NAME_TAG: SENSOR}
 
     def serve(self, name: str, revision: str, seconds: float = 100.0) -> None:
         """A customization serves on a revision, on which its training took that long for 100 rows."""
@@ -142,10 +151,11 @@ def test_a_new_revision_is_probed_planned_shown_and_then_one_backfill(world: Wor
     second = world.publish("second")
 
     [request], _ = world.tick()
-    assert (request.run_key, request.partition_key) == (second, second)
+    assert request.partition_key == second
     assert request.asset_selection == [BASE]
     assert second in world.instance.get_dynamic_partitions("base_models")
-    assert world.tick()[0] != []  # it was never started: the same request, which Dagster starts once
+    [repeated], _ = world.tick()  # it was never started: the same request, which Dagster starts once
+    assert repeated.run_key == request.run_key
     world.settle(second)
 
     assert world.tick()[0] == []
@@ -243,6 +253,7 @@ def test_a_revision_that_can_not_be_made_stops(world: World) -> None:
     assert len(world.backfills()) == 1
 
 
+@pytest.mark.usefixtures("dies_before_alerts")
 def test_what_does_not_fit_the_budget_is_recorded_and_the_rest_starts(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -349,6 +360,12 @@ def test_a_newer_revision_that_is_broken_does_not_take_that_place(world: World) 
     assert [one.tags["evergreen/base_revision"] for one in world.backfills()] == [second]
 
 
+def carry_to(world: World, revision: str) -> None:
+    """All customizations are migrated to a planned revision."""
+    world.tick()
+    carry(world, revision)
+
+
 def carry(world: World, revision: str) -> None:
     """All customizations are migrated to a revision whose migration is under way."""
     for name, history in world.decided(revision).items():
@@ -374,6 +391,206 @@ def test_a_revision_that_is_published_again_is_migrated_to_again(world: World) -
     for _ in range(3):
         world.tick()
     assert len(world.backfills()) == 4
+
+
+def test_a_source_that_is_away_after_a_step_back_carries_nothing_forward(world: World) -> None:
+    first = world.first()
+    carry_to(world, second := world.plan("second"))
+    world.publish("first")  # the publisher withdraws it
+    world.tick(), world.tick()
+    carry(world, first)
+    made = len(world.backfills())
+    shutil.move(world.home / "base", world.home / "away")
+    for _ in range(3):
+        with pytest.raises(BaseModelError):  # it says that the source can't be read, and nothing else
+            world.tick()
+    assert len(world.backfills()) == made
+    assert {one.state for one in world.decided(second).values()} == {"succeeded"}
+
+
+def test_what_a_source_holds_has_to_be_known(world: World) -> None:
+    """Before it was read for the first time, nothing is planned and nothing begins."""
+    world.first()
+    second = world.publish("second")
+    world.tick()
+    world.settle(second)
+    shutil.move(world.home / "base", world.home / "away")
+    forget = sa.text("DELETE FROM notes WHERE customization = 'base:tiny'")
+    with world.ledger.engine.begin() as connection:
+        connection.execute(forget)
+    with pytest.raises(BaseModelError):
+        world.tick()
+    assert world.book.migrations() == []
+    shutil.move(world.home / "away", world.home / "base")
+    world.tick()
+    shutil.move(world.home / "base", world.home / "away")
+    with world.ledger.engine.begin() as connection:
+        connection.execute(forget)
+    _, message = world.tick()
+    assert f"its migration to {second} waits until the source of tiny was read" in message
+    assert world.backfills() == []
+    shutil.move(world.home / "away", world.home / "base")
+    world.tick()
+    assert len(world.backfills()) == 1
+
+
+def fail_probe(world: World, revision: str) -> None:
+    """A person materializes it again, and it fails."""
+    (world.home / "failed_checks").write_text("finite_logits")
+    world.execute(BASE, partition=revision)
+    (world.home / "failed_checks").unlink()
+
+
+@pytest.mark.parametrize("newer", [False, True])
+def test_a_revision_that_fails_its_probe_after_the_plan(world: World, newer: bool) -> None:
+    world.first()
+    second = world.plan("second")
+    if newer:
+        broken = world.publish("broken")
+        world.tick()
+        fail_probe(world, broken)
+    fail_probe(world, second)
+    world.tick(), world.tick()
+    ends = [one.end for one in world.decided(second).values()]
+    assert {(end.step, end.detail) for end in ends if end} == {("dropped", "it failed its probe")}
+    assert world.backfills() == []
+    world.publish("second")
+    world.execute(BASE, partition=second)  # repaired
+    world.tick(), world.tick()
+    assert {one.state for one in world.decided(second).values()} == {"under way"}
+
+
+def test_claimed_for_a_revision_that_fails_its_probe_meanwhile(world: World) -> None:
+    world.first()
+    second = world.plan("second")
+    for one in world.decided(second).values():
+        assert world.book.claim(one.decision, NO_LIMITS, NO_LIMITS, 0.0) is None
+    fail_probe(world, second)
+    world.tick()
+    assert world.backfills() == [] and world.book.claims() == []
+
+
+def test_a_probe_that_dies_before_its_checks(world: World) -> None:
+    """Dagster stores that an asset was made before it stores what its checks say."""
+    world.first()
+    second = world.publish("second")
+    world.tick()
+    run = create_run_for_test(
+        world.instance,
+        job_name="__ASSET_JOB",
+        status=dg.DagsterRunStatus.STARTED,
+        tags=world.asked_for(second),
+    )
+    made = DagsterEvent(
+        event_type_value="ASSET_MATERIALIZATION",
+        job_name="__ASSET_JOB",
+        step_key="base_model",
+        event_specific_data=StepMaterializationData(dg.AssetMaterialization(BASE, partition=second)),
+    )
+    world.instance.report_dagster_event(made, run.run_id)
+    assert f"{second} is being probed" in world.tick()[1]
+    world.instance.report_run_failed(run)
+    for _ in range(3):
+        assert f"{second} stops at its probe" in world.tick()[1]
+    assert world.book.migrations() == [] and world.backfills() == []
+
+
+def test_a_probe_that_was_never_submitted_is_asked_for_again(world: World) -> None:
+    world.first()
+    second = world.publish("second")
+    world.tick()
+    create_run_for_test(
+        world.instance,
+        job_name="__ASSET_JOB",
+        status=dg.DagsterRunStatus.NOT_STARTED,
+        tags=world.asked_for(second),
+    )
+    [request], _ = world.tick()
+    assert request.run_key == world.asked_for(second)[RUN_KEY_TAG]
+
+
+def test_a_partition_that_was_retired_is_made_anew(world: World) -> None:
+    first = world.first()
+    carry_to(world, world.plan("second"))
+    world.instance.delete_dynamic_partition(str(BASE_MODELS.name), first)
+    key = world.run_keys[first]
+    world.publish("first")
+    for _ in range(2):
+        [request], _ = world.tick()
+        assert (request.partition_key, request.run_key == key) == (first, False)
+    assert len({world.run_keys[first], request.run_key}) == 1
+    assert world.decided(first) == {}, "what was made for it is gone"
+    world.settle(first)
+    world.tick(), world.tick()
+    assert {one.state for one in world.decided(first).values()} == {"under way"}
+
+
+def test_what_could_not_be_made_is_tried_again_when_it_is_published_again(world: World) -> None:
+    """Its source may have been exchanged while it was downloaded."""
+    world.first()
+    second = world.publish("second")
+    world.tick()
+    (world.home / "fail").write_text("")
+    world.settle(second)
+    (world.home / "fail").unlink()
+    assert world.tick()[0] == []
+    world.publish("first"), world.tick()
+    world.publish("second")
+    assert [request.partition_key for request in world.tick()[0]] == [second]
+    world.settle(second)
+    world.tick(), world.tick()
+    assert len(world.backfills()) == 1
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_a_customization_that_is_removed_after_it_was_claimed_holds_up_no_other(
+    world: World, together: bool
+) -> None:
+    world.first()
+    second = world.plan("second")
+    decisions = [one.decision for one in world.decided(second).values()]
+    for decision in decisions:
+        assert world.book.claim(decision, NO_LIMITS, NO_LIMITS, 0.0) is None
+    if together:
+        world.book.start_together([decision.id for decision in decisions])
+    world.load(spec("two"))
+    world.tick()
+    [backfill] = world.backfills()
+    assert {key.path[0] for key in backfill.asset_selection or []} == {"two"}
+    assert [claim.customization for claim in world.book.claims()] == ["two"]
+    assert world.decided(second)["one"].state == "dropped"
+
+
+@pytest.mark.usefixtures("dies_before_alerts")
+def test_what_is_closed_by_a_budget_or_given_up_is_told(world: World) -> None:
+    world.load(spec("one", maintenance={"device_seconds_per_month": 250}), spec("two"))
+    world.first()
+    second = world.plan("second")
+    world.book.record_cost(Cost("one", "training", "x", "another", 100.0, 100))
+    world.tick()
+    [blocked] = world.alerts()
+    assert blocked.startswith("one: its migration") and "blocked by the budget" in blocked
+    for _ in range(3):
+        world.end(world.backfills()[0], BulkActionStatus.COMPLETED_FAILED)
+        world.tick()
+    assert world.decided(second)["two"].decision.attempt == 3
+    assert "failed and is not tried again" in world.alerts()[-1]
+
+
+def test_the_page_is_made_again_when_an_earlier_adapter_serves_again(world: World) -> None:
+    world.first()
+    second = world.plan("second")
+    for one in world.decided(second).values():
+        world.book.step(one.decision.id, "succeeded")
+    seen = []
+    for revision in ("x@0", "y@0", "x@0"):
+        world.serve("one", revision)
+        serving = world.ledger.current_all()
+        fleet = Fleet(
+            world.instance, world.book, world.specs, Policies([]), world.ledger, serving, Settings.from_env()
+        )
+        seen.append(_page_state(fleet))
+    assert len(set(seen)) == 3
 
 
 def test_what_left_a_family_is_not_carried_back(world: World) -> None:

@@ -10,6 +10,7 @@ from customizations import COLOURS_YAML, Project, base_models_yaml, colour_rows
 from maintenance_world import ADAPTER, REVISION, make_spec, release
 
 from ml_assets.decisions.book import DecisionBook
+from ml_assets.decisions.records import Cost
 from ml_assets.endpoints.ledger import Ledger
 from ml_assets.mistakes import SpecError
 from ml_assets.settings import Settings
@@ -54,6 +55,20 @@ def test_what_may_train_becomes_a_decision_once() -> None:
     assert (history.decision.base_revision, history.decision.adapter_digest) == (REVISION, ADAPTER)
     evaluate(spec, "home__main__1", at)
     assert [h.decision.action for h in book.latest("home", 5)] == ["refresh_source", "full_retrain"]
+
+
+@pytest.mark.usefixtures("dies_before_alerts")
+def test_what_a_budget_blocks_is_told_once() -> None:
+    spec = make_spec(schedules=BLOCKS, maintenance={"device_seconds_per_month": 1})
+    ledger = Ledger(Settings.from_env().ledger_url)
+    release(ledger)
+    book = DecisionBook(ledger)
+    book.record_cost(Cost("home", "training", REVISION, "a run", 5.0, 10))
+    for _ in range(2):
+        tick = evaluate(spec, "home__retrain__0", datetime(2026, 3, 9, 3, tzinfo=UTC))
+        assert "decided: full_retrain (blocked_by_budget)" in str(tick.skip_message)
+    (alert,) = book.undelivered()
+    assert alert.title == "home: the full_retrain of its schedule is blocked by the budget"
 
 
 def test_what_does_not_train_starts_at_its_time() -> None:
