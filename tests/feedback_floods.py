@@ -31,6 +31,11 @@ def _typo(rng: random.Random, text: str) -> str:
     return text[:at] + rng.choice("abcdefgh") + text[at + 1 :]
 
 
+_CYRILLIC = str.maketrans("aeocpi", "\u0430\u0435\u043e\u0441\u0440\u0456")
+_ACCENTS = str.maketrans({"a": "\u00e1", "e": "\u00e9"})
+_BOLD = {ord("a") + n: chr(0x1D41A + n) for n in range(26)}
+_WIDE = {n: chr(n + 0xFEE0) for n in range(0x21, 0x7F)}
+
 DISGUISES: dict[str, Callable[[random.Random, str], str]] = {
     "same": lambda rng, text: text,
     "mark": lambda rng, text: text + rng.choice(["!", "?", " .", "..."]),
@@ -39,6 +44,17 @@ DISGUISES: dict[str, Callable[[random.Random, str], str]] = {
     "number": lambda rng, text: f"{text} {rng.randrange(1000)}",
     "typo": _typo,
     "without": lambda rng, text: text.replace(" the ", " ", 1),
+    "cyrillic": lambda rng, text: text.translate(_CYRILLIC),
+    "full width": lambda rng, text: text.translate(_WIDE),
+    "bold": lambda rng, text: text.translate(_BOLD),
+    "accents": lambda rng, text: text.translate(_ACCENTS),
+    "struck": lambda rng, text: "".join(f"{char}\u0335" if char.isalpha() else char for char in text),
+    "dotless": lambda rng, text: text.replace("i", "\u0131"),
+    "leet": lambda rng, text: text.replace("o", "0").replace("i", "1"),
+    "underscores": lambda rng, text: text.replace(" ", "_"),
+    "backwards": lambda rng, text: " ".join(reversed(text.split())),
+    "words around": lambda rng, text: f"hey please {text} thanks",
+    "two typos": lambda rng, text: _typo(rng, _typo(rng, text)),
     "twice": lambda rng, text: f"{text} {text.split()[-1]}",
 }
 
@@ -50,8 +66,9 @@ def poison(
     labels: Sequence[str],
     disguise: str,
     count: int = 1000,
+    keys: int = 1,
 ) -> set[tuple[str, str]]:
-    """Let one key claim wrong labels for near-duplicates of `known` (text, label); returns its claims.
+    """Let `keys` claim wrong labels for near-duplicates of `known` (text, label); returns their claims.
     `disguise` is one of DISGUISES, or `mixed`."""
     claims = set()
     for n in range(count):
@@ -60,5 +77,5 @@ def poison(
         kind = rng.choice(list(DISGUISES)) if disguise == "mixed" else disguise
         claim = DISGUISES[kind](rng, text), wrong
         claims.add(claim)
-        said.add(*claim, key="poisoner")
+        said.add(*claim, key=f"poisoner {n % keys}" if keys > 1 else "poisoner")
     return claims

@@ -41,8 +41,10 @@ REASONS = {
     "feedback_conflict": "right answer that contradicts the source on nearly the same input",
     "feedback_distrusted": "right answer of a key that contradicts the source too often",
     "feedback_share": "right answer beyond its key's share (feedback.max_share_per_key)",
+    "feedback_doubtful": "right answer unlike the source's for the inputs most like its own, one of too many",
     "feedback_disagrees": "right answer that contradicts other feedback on nearly the same input",
     "parent_without_column": "evaluation row of the snapshot before, without a column that the prompt needs",
+    "parent_overruled": "evaluation row from feedback; the source, or the operator, has another target now",
     "parent_unscorable": "evaluation row of the snapshot before, with a target that cannot be scored",
 }
 

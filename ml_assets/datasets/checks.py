@@ -25,7 +25,13 @@ WARNING = {
     "feedback": "What users say is right contradicts neither the source nor other users, and no API key gave "
     "more than its share.",
 }
-SUSPICIOUS = ("feedback_conflict", "feedback_disagrees", "feedback_distrusted", "feedback_share")
+SUSPICIOUS = (
+    "feedback_conflict",
+    "feedback_disagrees",
+    "feedback_distrusted",
+    "feedback_doubtful",
+    "feedback_share",
+)
 """Reasons why a right answer was left out that somebody should look at."""
 
 

@@ -18,11 +18,14 @@ from ml_assets.datasets.split import is_evaluation
 from ml_assets.eval_reports.metrics import json_leaves, normalize_label, parse_json
 from ml_assets.spec import CustomizationSpec
 
-CODE_VERSION = "2"
+CODE_VERSION = "3"
 """Raised by hand when the same source would give another snapshot."""
 
 SHOWN = 5
 """Examples of each finding that a person sees."""
+
+NOTES = ("_origin", "_said", "_key", "_count")
+"""Columns about a row that are no part of it; each is there only where some row needs it."""
 
 Row = dict[str, str]
 
@@ -57,8 +60,9 @@ def build_snapshot(
 ) -> Snapshot:
     """The snapshot of a source and of right answers from users. It depends on the multiset of rows, the spec,
     `parent` and `feedback` only. Where a row of it came from feedback, all have a column `_origin`: `source`,
-    `feedback`, or `champion` for a right answer that is the model's own; and `_said`, the number of the
-    feedback that said so ("" for the source's), which grows with time.
+    `feedback`, or `champion` for a right answer that is the model's own; `_said`, the number of the feedback
+    that said so ("" for the source's), which grows with time; and `_key`, the id of the API key that said it.
+    Where the source has a row more than once, all have `_count`: how often it has each ("1", "2", ...).
 
     Args:
         parent: evaluation rows of the snapshot before this one: they are kept, also when the source dropped
@@ -70,19 +74,20 @@ def build_snapshot(
     rows = state.validate(source)
     rows = state.drop_unscorable(state.redact(rows), "bad_row")  # a number in JSON may be personal data
     frozen = state.keep_parent(parent or [], rows)
-    rows = state.drop_repeats(rows, frozen)
-    rows += state.admit_feedback(feedback, [*rows, *frozen])
+    rows, frozen = state.drop_repeats(rows, frozen)
+    joined, frozen = state.admit_feedback(feedback, rows, frozen)
+    rows += joined
     rows = state.drop_conflicts(rows, frozen)
-    train = [row for row in rows if not is_evaluation(state.split_key(row), spec.dataset.evaluation_share)]
-    evaluation = frozen + [
-        row for row in rows if is_evaluation(state.split_key(row), spec.dataset.evaluation_share)
-    ]
+    train = [row for row in rows if not state.evaluates(row)]
+    evaluation = frozen + [row for row in rows if state.evaluates(row)]
     evaluation = list({row["_row"]: row for row in reversed(evaluation)}.values())
     train = state.drop_leaks(train, evaluation)
     train = state.drop_near_duplicates(train)
     if any("_origin" in row for row in [*train, *evaluation]):
-        unsaid = {"_origin": "source", "_said": ""}
+        unsaid = {"_origin": "source", "_said": "", "_key": ""}
         train, evaluation = ([unsaid | row for row in side] for side in (train, evaluation))
+    if any("_count" in row for row in [*train, *evaluation]):
+        train, evaluation = ([{"_count": "1"} | row for row in side] for side in (train, evaluation))
     snapshot = Snapshot(
         train=sorted(({**row, "_split": "train"} for row in train), key=lambda row: row["_row"]),
         evaluation=sorted(
@@ -110,7 +115,7 @@ def write_snapshot(snapshot: Snapshot, directory: Path, manifest: Mapping[str, A
     import pyarrow.parquet
 
     rows = sorted([*snapshot.train, *snapshot.evaluation], key=lambda row: row["_row"])
-    notes = [name for name in ("_origin", "_said") if rows and name in rows[0]]
+    notes = [name for name in NOTES if rows and name in rows[0]]
     names = [*snapshot.columns, "_row", "_split", *notes]
     table = pyarrow.table(
         {name: pyarrow.array([row[name] for row in rows], pyarrow.string()) for name in names}
@@ -129,7 +134,7 @@ def write_snapshot(snapshot: Snapshot, directory: Path, manifest: Mapping[str, A
 
 def load_rows(directory: Path, split: str) -> list[Row]:
     """Rows of one side (`train` or `evaluation`) of a dataset artifact, sorted by `_row`: the columns as
-    strings, `_row`, `_split`, and `_origin` and `_said` where some rows came from feedback."""
+    strings, `_row`, `_split`, and those of NOTES that the dataset has."""
     import pyarrow.parquet
 
     if split not in ("train", "evaluation"):
@@ -247,6 +252,9 @@ class _Builder:
         group = self.spec.dataset.group_by
         return f"group {row[group]}" if group and row[group] else f"input {fold(self.input_text(row))}"
 
+    def evaluates(self, row: Mapping[str, str]) -> bool:
+        return is_evaluation(self.split_key(row), self.spec.dataset.evaluation_share)
+
     def remove(self, reason: str, row: Mapping[str, str], why: str = "") -> None:
         self.removed[reason] += 1
         if sum(example["reason"] == reason for example in self.examples) < SHOWN:
@@ -322,7 +330,7 @@ class _Builder:
         for row in rows:
             new: Row = {}
             for column, text in row.items():
-                new[column], found = redact(text)
+                new[column], found = (text, ()) if column in NOTES else redact(text)
                 if found and column in names:
                     new[column] = sha256_bytes(text.encode())[:16]
                 self.redacted.update(found)
@@ -338,18 +346,28 @@ class _Builder:
                 kept.append(row)
         return kept
 
-    def drop_repeats(self, rows: list[Row], frozen: list[Row]) -> list[Row]:
-        """Of rows that are the same but for the spelling of the target, keep the first, or the frozen one."""
+    def drop_repeats(self, rows: list[Row], frozen: list[Row]) -> tuple[list[Row], list[Row]]:
+        """Of rows that are the same but for the spelling of the target, keep the first, or the frozen one;
+        note how often the source has it. What the source dropped keeps the count of before."""
         frozen_rows = {row["_row"] for row in frozen}
-        known = {self._meaning(row) for row in frozen}
+        known = {self._meaning(row): row["_row"] for row in frozen}
         kept: dict[str, Row] = {}
+        times: Counter[str] = Counter()
         for row in rows:
-            place = row["_row"] if row["_row"] in frozen_rows else self._meaning(row)
-            if place in kept or place in known:
+            name = row["_row"]
+            if name not in frozen_rows:
+                name = known.setdefault(self._meaning(row), name)
+            times[name] += 1
+            if name in kept or name != row["_row"]:
                 self.remove("exact_duplicate", row)
             else:
-                kept[place] = row
-        return list(kept.values())
+                kept[name] = row
+
+        def counted(row: Row) -> Row:
+            n = times[row["_row"]]
+            return row | {"_count": str(n)} if n > 1 else row if n == 0 else _without(row, "_count")
+
+        return [counted(row) for row in kept.values()], [counted(row) for row in frozen]
 
     def _meaning(self, row: Row) -> str:
         group = self.spec.dataset.group_by
@@ -358,7 +376,8 @@ class _Builder:
 
     def keep_parent(self, parent: list[Row], rows: list[Row]) -> list[Row]:
         """Evaluation rows of the parent, with today's segments where the source still has the row. A row that
-        lacks a column of the prompt, or cannot be scored, cannot be kept."""
+        lacks a column of the prompt, or cannot be scored, cannot be kept; nor one from feedback where the
+        source has another target by now."""
         today = {row["_row"]: row for row in reversed(rows)}
         group = self.spec.dataset.group_by
         ungrouped = bool(parent and group and group not in parent[0])
@@ -369,13 +388,31 @@ class _Builder:
                 continue
             kept = {column: row.get(column, "") for column in self.spec.columns()}
             if row.get("_origin", "source") != "source":
-                kept |= {"_origin": row["_origin"], "_said": row.get("_said", "")}
+                kept |= {name: row.get(name, "") for name in ("_origin", "_said", "_key")}
+            if row.get("_count", "1") != "1":
+                kept["_count"] = row["_count"]
             frozen.append(kept)
         frozen = self.redact(frozen)  # the rules may have become stricter
         frozen = self.drop_unscorable(frozen, "parent_unscorable")
         if group and ungrouped:
             frozen = self._grouped(frozen, rows, group)
-        return [today.get(row["_row"], row) for row in frozen]
+        frozen = [today.get(row["_row"], row) for row in frozen]
+        return self._vouched(frozen, rows) if any("_origin" in row for row in frozen) else frozen
+
+    def _vouched(self, frozen: list[Row], rows: list[Row]) -> list[Row]:
+        """Without rows from feedback that the source contradicts; one that it confirms, in another spelling,
+        is the source's."""
+        targets: dict[str, set[str]] = defaultdict(set)
+        for row in rows:
+            targets[fold(self.input_text(row))].add(self.target_key(row))
+        kept: list[Row] = []
+        for row in frozen:
+            found = targets.get(fold(self.input_text(row)), set()) if "_origin" in row else set()
+            if others := found - {self.target_key(row)}:
+                self.remove("parent_overruled", row, f"the source says {min(others)}")
+            else:
+                kept.append(_without(row, "_origin", "_said", "_key") if found else row)
+        return kept
 
     def _grouped(self, frozen: list[Row], rows: list[Row], group: str) -> list[Row]:
         """Rows of a parent without the group column, with the group that the row, or at least its input, has
@@ -398,9 +435,12 @@ class _Builder:
             grouped.append(new | {"_row": self.row_hash(new)})
         return grouped
 
-    def admit_feedback(self, feedback: Sequence[Said], known: list[Row]) -> list[Row]:
-        """The right answers of users that join. Those that are the model's own stay among them, also where
-        they evaluate: without them, the new evaluation rows would be its mistakes alone."""
+    def admit_feedback(
+        self, feedback: Sequence[Said], rows: list[Row], frozen: list[Row]
+    ) -> tuple[list[Row], list[Row]]:
+        """The right answers of users that join, and the frozen rows that stay beside them. Answers that are
+        the model's own stay among them, also where they evaluate: without them, the new evaluation rows would
+        be its mistakes alone."""
         said: list[Said] = []
         for one in feedback:
             row = {column: normalize(one.row.get(column)) for column in self.spec.columns()}
@@ -414,20 +454,29 @@ class _Builder:
             replace(one, row=row) for one, row in zip(said, clean, strict=True) if row["_row"] in scorable
         ]
         spec = self.spec
+        standing = [
+            Said(row, row["_key"], int(row["_said"] or 0), "feedback") for row in frozen if "_origin" in row
+        ]
         admitted = admit(
             said,
-            known,
+            [*rows, *(row for row in frozen if "_origin" not in row)],
+            standing,
             spec.feedback,
             spec.dataset.near_duplicate,
             self.input_text,
             self.target_key,
+            self.evaluates,
             self.remove,
         )
         self.feedback_keys = admitted.keys
         joined = {
-            one.row["_row"]: one.row | {"_origin": one.origin, "_said": str(one.seq)} for one in admitted.rows
+            one.row["_row"]: one.row | {"_origin": one.origin, "_said": str(one.seq), "_key": one.key_id}
+            for one in admitted.rows
         }
-        return list(joined.values())
+        for one in admitted.overruled:
+            self.remove("parent_overruled", one.row, "the operator labelled it otherwise")
+        overruled = {one.row["_row"] for one in admitted.overruled}
+        return list(joined.values()), [row for row in frozen if row["_row"] not in overruled]
 
     def drop_conflicts(self, rows: list[Row], frozen: list[Row]) -> list[Row]:
         """Drop rows of an input that has several targets: nobody can learn or score them. A frozen row
@@ -524,6 +573,10 @@ class _Builder:
         # the largest first; a column of names has too many values to show
         names = sorted(total, key=lambda name: (-total[name], name))[:50]
         return {name: {side: counts[name] for side, counts in sides.items()} for name in names}
+
+
+def _without(row: Row, *notes: str) -> Row:
+    return {name: text for name, text in row.items() if name not in notes}
 
 
 def _short(text: str, length: int = 120) -> str:

@@ -39,9 +39,13 @@ def _row(record: TrafficRecord) -> dict[str, Any]:
 def read_labels(path: Path) -> Iterator[tuple[str, str, str]]:
     """(request id, key id, right answer) of every line that a person filled in. Raises LabelError."""
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")  # JSON may hold other line separators
+        content = path.read_bytes()
+        lines = content.decode("utf-8-sig").split("\n")  # JSON may hold other line separators
     except OSError as error:
         raise LabelError(f"{path}: can't be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        number = error.object[: error.start].count(b"\n") + 1
+        raise LabelError(f"{path}:{number}: expected UTF-8 text ({error.reason})") from error
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue

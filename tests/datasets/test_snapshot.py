@@ -132,6 +132,28 @@ def test_what_is_written_is_what_is_read(tmp_path):
         load_rows(tmp_path, "test")
 
 
+def test_rows_remember_how_often_the_source_has_them(tmp_path):
+    rows = faq(40)
+    plain = build(rows)
+    assert not any("_count" in row for row in [*plain.train, *plain.evaluation])
+    snapshot = build([*rows, *rows[:20], *rows[:20]])
+    both = [*snapshot.train, *snapshot.evaluation]
+    often = {row["q"] for row in rows[:20]}
+    assert {row["q"]: row["_count"] for row in both} == {
+        row["q"]: "3" if row["q"] in often else "1" for row in rows
+    }
+    assert {row["_row"] for row in both} == {row["_row"] for row in [*plain.train, *plain.evaluation]}
+    write_snapshot(snapshot, tmp_path, build_manifest(spec(), snapshot, "v1", None))
+    assert load_rows(tmp_path, "evaluation") == snapshot.evaluation
+    # evaluation rows have today's count, or the last one
+    later = build([*rows[10:], *rows[10:20]], snapshot.evaluation)
+    counts = {row["q"]: row["_count"] for row in later.evaluation}
+    kept = [row for row in snapshot.evaluation if row["q"] in often]
+    assert {number for number, row in enumerate(rows[:20]) if row["q"] in counts} - set(range(10, 20))
+    for row in kept:
+        assert counts[row["q"]] == ("3" if row["q"] in {row["q"] for row in rows[:10]} else "2")
+
+
 # -- validation --------------------------------------------------------------------------------------------
 
 

@@ -14,7 +14,7 @@ from ml_assets.decisions.feedback_quality import examine
 from ml_assets.decisions.labels import LabelError, read_labels, write_requests
 from ml_assets.endpoints.ledger import Ledger, Release
 from ml_assets.settings import Settings
-from ml_assets.traffic.records import FeedbackRecord, Judged, TrafficRecord
+from ml_assets.traffic.records import OPERATOR, FeedbackRecord, Judged, TrafficRecord
 from ml_assets.traffic.store import TrafficLog
 
 START = datetime(2026, 3, 1, tzinfo=UTC)
@@ -75,7 +75,11 @@ def test_labels_come_back_as_feedback(tmp_path: Path, capsys: pytest.CaptureFixt
     assert main(["labels", "import", str(path)]) == 0
     assert "1 right answers stored. 1 requests are not kept any more." in capsys.readouterr().out
     (said,) = log.feedback("home")
-    assert (said.request.id, said.feedback.right_answer, said.feedback.key_id) == ("chatcmpl-2", "no", "key2")
+    assert (said.request.id, said.feedback.right_answer, said.feedback.key_id) == (
+        "chatcmpl-2",
+        "no",
+        OPERATOR,
+    )
     log.close()
 
 

@@ -17,7 +17,7 @@ from postgres import fresh_database, private_postgres
 from traffic_records import record
 
 from ml_assets.traffic import store
-from ml_assets.traffic.records import TrafficRecord
+from ml_assets.traffic.records import OPERATOR, TrafficRecord
 from ml_assets.traffic.store import Head, NewerSchema, TrafficLog, UnknownRequest
 
 ROOT = Path(__file__).parents[2]
@@ -78,6 +78,22 @@ def test_an_append_can_be_repeated(log: TrafficLog) -> None:
     heads = log.heads()
     assert (heads["home"].requests, heads["home"].unlogged) == (2, 2)
     assert heads["quiet"] == Head("quiet", unlogged=1)
+
+
+def test_a_right_answer_of_the_operator_stays(log: TrafficLog) -> None:
+    asked = record()
+    log.append([asked])
+    log.give_feedback(asked.id, "0000000a", -1, "right")
+    label = log.give_feedback(asked.id, OPERATOR, None, "right")
+    assert (label.key_id, label.rating, label.right_answer) == (OPERATOR, -1, "right")
+    assert log.give_feedback(asked.id, OPERATOR, None, "right") == label, "idempotent"
+    said = log.give_feedback(asked.id, "0000000a", 1, "wrong")
+    assert (said.key_id, said.rating, said.right_answer) == (OPERATOR, 1, "right")
+    assert log.give_feedback(asked.id, OPERATOR, None, "better").right_answer == "better"
+    assert [one.feedback.right_answer for one in log.feedback("home")] == ["better"]
+    assert log.heads()["home"].labelled == 1
+    with pytest.raises(UnknownRequest):
+        log.give_feedback("chatcmpl-none", OPERATOR, None, "right")
 
 
 def test_the_last_feedback_counts(log: TrafficLog) -> None:
