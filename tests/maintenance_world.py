@@ -5,6 +5,7 @@ from typing import Any
 
 from ml_assets.decisions.diagnosis import Evidence, Policy
 from ml_assets.drift_reports.findings import DriftFindings, Look, Outcome, Signal
+from ml_assets.drift_reports.watch import FEW_LABELS
 from ml_assets.endpoints.ledger import Ledger, Release
 from ml_assets.spec import CustomizationSpec
 
@@ -60,6 +61,8 @@ def make_findings(
         value_per_1000=None,
         reference_value_per_1000=None,
         loss=loss,
+        measured=accuracy is not None and labelled >= FEW_LABELS,
+        measured_on=labelled,
     )
     fields: dict[str, Any] = {
         "customization": "home",

@@ -9,7 +9,7 @@ from ml_assets.artifacts import ArtifactError, ArtifactRef, ArtifactStore, read_
 from ml_assets.code_link import code_link
 from ml_assets.datasets.snapshot import load_manifest
 from ml_assets.decisions.book import DecisionBook, History
-from ml_assets.decisions.diagnosis import Evidence, Past, Policy, decide, predict
+from ml_assets.decisions.diagnosis import Evidence, Past, Policy, decide, paid, predict
 from ml_assets.decisions.labels import label_path, write_requests
 from ml_assets.decisions.records import Alert, Decision
 from ml_assets.decisions.tags import DECISION_TAG
@@ -113,7 +113,9 @@ def gather(
     book, month = DecisionBook(ledger), now()[:7]
     findings = read_findings(store, drift_report)
     rows = load_manifest(store.open(dataset))["rows"]["train"]
-    new_rows = findings.outcome.labelled if policy.uses_labels else 0
+    outcome, new_rows = findings.outcome, 0
+    if policy.uses_labels:
+        new_rows = outcome.labelled if outcome.usable is None else outcome.usable
     if findings.dataset_digest not in ("", dataset.digest):
         before = load_manifest(store.open(ArtifactRef("dataset", findings.dataset_digest)))["rows"]["train"]
         new_rows = max(new_rows, rows - before)
@@ -134,6 +136,7 @@ def gather(
         generation=int((champion.get("update") or {}).get("generation", 0)),
         past=tuple(Past.of(history) for history in book.latest(spec.name, PAST, acted=True)),
         predicted=predict(costs, rows, new_rows, spec.maintenance.replay),
+        paid=predict(costs, rows, new_rows, spec.maintenance.replay, paid(policy.price)),
         serving=current.adapter_digest if current else None,
         spent=book.spent(spec.name, month) + book.reserved(spec.name, policy.price),
         fleet_spent=book.spent(None, month) + book.reserved(None, policy.price),

@@ -31,7 +31,7 @@ from ml_assets.drift_reports.findings import DriftFindings
 from ml_assets.settings import Settings
 from ml_assets.spec import CustomizationSpec, MaintenanceSpec
 
-CODE_VERSION = "2"
+CODE_VERSION = "3"
 """Raise when the same evidence and YAML lead to other decisions."""
 
 LADDER: tuple[Action, ...] = (
@@ -156,6 +156,8 @@ class Evidence:
     generation: int = 0
     past: tuple[Past, ...] = ()
     predicted: dict[str, float | None] = dataclasses.field(default_factory=dict)
+    paid: dict[str, float | None] = dataclasses.field(default_factory=dict)
+    """Money that an action pays to somebody else, as `predicted`."""
     serving: str | None = None
     """Digest of the adapter that serves; None where it is not known."""
     spent: Spent = NOTHING
@@ -213,9 +215,10 @@ def diagnose(
     outcome = findings.outcome
     if outcome.loss is None:
         return Diagnosis("unknown_loss", f"In alarm: {names}; what it costs can't be told without labels.")
-    measured = outcome.accuracy is not None
-    accuracy = outcome.accuracy if measured else outcome.estimated_accuracy
-    how = f"measured on {outcome.labelled} right answers" if measured else "estimated from confidence"
+    accuracy = outcome.accuracy if outcome.measured else outcome.estimated_accuracy
+    how = "estimated from confidence"
+    if outcome.measured:
+        how = f"measured on {outcome.measured_on} right answers"
     interval = outcome.loss_interval
     between = f" ({interval[0]:.3f} to {interval[1]:.3f})" if interval else ""
     text = f"In alarm: {names}. Accuracy {_share(accuracy)} ({how}), {_share(outcome.reference_accuracy)} "
@@ -272,7 +275,7 @@ def decide(evidence: Evidence, policy: Policy) -> Decision:
         policy=policy.version,
         base_revision=findings.base_revision,
         device_seconds=seconds,
-        cost=None if seconds is None else round(seconds * policy.price, 4),
+        cost=None if seconds is None else _cost(evidence, policy, chosen),
         gain=_gain(evidence, policy, chosen),
         currency=policy.currency,
         seen={
@@ -306,7 +309,8 @@ def permitted(decision: Decision, policy: Policy, spent: Spent, fleet_spent: Spe
         status, reason = "record_only", f"{reason} (would have: {field}.mode is record)"
     elif decision.action in TRAINING:
         seconds = decision.device_seconds or 0.0
-        planned = Spent(seconds, seconds * policy.price)
+        money = seconds * policy.price if decision.cost is None else decision.cost
+        planned = Spent(seconds, money)
         for whose, limits, used in (
             ("of this customization", policy.own, spent),
             ("of the fleet", policy.fleet, fleet_spent),
@@ -326,9 +330,11 @@ def escalated(
     policy: Policy,
     spent: Spent,
     fleet_spent: Spent,
+    paid: float | None = None,
 ) -> Decision | None:
     """What follows when an incremental update can't repair the loss (`why`): a retrain from scratch, on the
-    same evidence. None for other actions and after too many attempts."""
+    same evidence. None for other actions and after too many attempts. `seconds` and `paid` (money beside the
+    device) are predicted."""
     if decision.action != "incremental_update" or decision.attempt >= MAX_ATTEMPTS:
         return None
     before = Rejected("incremental_update", why, decision.device_seconds)
@@ -339,7 +345,7 @@ def escalated(
         attempt=decision.attempt + 1,
         reason=f"the update of decision {decision.id} is not enough: {why}",
         device_seconds=seconds,
-        cost=None if seconds is None else round(seconds * policy.price, 4),
+        cost=None if seconds is None else round(seconds * policy.price + (paid or 0.0), 4),
         rejected=(*others, before),
         at="",
     )
@@ -482,7 +488,7 @@ def _gave_up(action: Action, evidence: Evidence, needed: int) -> str | None:
 
 
 def _unused(evidence: Evidence) -> int:
-    """Right answers that came since an action last took them into the dataset."""
+    """Right answers that came since an action last took them into the dataset, and that it would take."""
     taken = [
         past.labelled
         for past in evidence.past
@@ -490,7 +496,9 @@ def _unused(evidence: Evidence) -> int:
         and past.action in ("extend_dataset", *TRAINING)
         and past.adapter_digest == evidence.findings.adapter_digest
     ]
-    return evidence.findings.outcome.labelled - max(taken, default=0)
+    outcome = evidence.findings.outcome
+    new = outcome.labelled - max(taken, default=0)
+    return new if outcome.usable is None else min(new, outcome.usable)
 
 
 def _cooldown(evidence: Evidence, policy: Policy) -> str | None:
@@ -515,8 +523,9 @@ def _lost_per_month(evidence: Evidence, policy: Policy) -> float | None:
     """Money that the loss costs in a month, where it can be told."""
     findings, outcome = evidence.findings, evidence.findings.outcome
     requests = policy.maintenance.requests_per_month or findings.requests_per_day * 30
-    if outcome.value_per_1000 is not None and outcome.reference_value_per_1000 is not None:
-        per_request = (outcome.reference_value_per_1000 - outcome.value_per_1000) / 1000
+    worth, before = outcome.value_per_1000, outcome.reference_value_per_1000
+    if outcome.measured and worth is not None and before is not None:
+        per_request = (before - worth) / 1000
     elif outcome.loss is not None:
         per_request = outcome.loss * policy.value_of_right
     else:
@@ -529,28 +538,52 @@ def _gain(evidence: Evidence, policy: Policy, action: Action) -> float | None:
     lost = _lost_per_month(evidence, policy)
     if action not in TRAINING or lost is None:
         return None
-    return round(lost - (evidence.predicted.get(action) or 0.0) * policy.price, 4)
+    return round(lost - _cost(evidence, policy, action), 4)
+
+
+def _cost(evidence: Evidence, policy: Policy, action: Action) -> float:
+    """Money for a training with its evaluation, as far as it is known; other actions cost nothing."""
+    if action not in TRAINING:
+        return 0.0
+    seconds, paid = evidence.predicted.get(action) or 0.0, evidence.paid.get(action) or 0.0
+    return round(seconds * policy.price + paid, 4)
 
 
 # -- predictions ---------------------------------------------------------------------------------------
 
 
-def predict(costs: Sequence[Cost], train_rows: int, new_rows: int, replay: float) -> dict[str, float | None]:
-    """Device seconds of an action with its evaluation, from what the like of it cost before (newest first;
-    the last ten, by row): {"incremental_update", "full_retrain", "refresh_source"}; None without a past."""
+def device_seconds(cost: Cost) -> float:
+    return cost.device_seconds
+
+
+def paid(price: float) -> Callable[[Cost], float]:
+    """What a cost was beside the device, whose second costs `price`."""
+    return lambda cost: max(0.0, cost.money - cost.device_seconds * price)
+
+
+def predict(
+    costs: Sequence[Cost],
+    train_rows: int,
+    new_rows: int,
+    replay: float,
+    of_cost: Callable[[Cost], float] = device_seconds,
+) -> dict[str, float | None]:
+    """Device seconds (or what `of_cost` says) of an action with its evaluation, from what the like of it cost
+    before (newest first; the last ten, by row): {"incremental_update", "full_retrain", "refresh_source"};
+    None without a past."""
 
     def per_row(*kinds: str) -> float | None:
         for kind in kinds:
-            some = [c.device_seconds / c.rows for c in costs if c.kind == kind and c.rows > 0][:10]
+            some = [of_cost(c) / c.rows for c in costs if c.kind == kind and c.rows > 0][:10]
             if some:
                 return median(some)
         return None
 
-    evaluations = [c.device_seconds for c in costs if c.kind == "evaluation" and c.rows > 0][:10]
+    evaluations = [of_cost(c) for c in costs if c.kind == "evaluation" and c.rows > 0][:10]
     evaluation = median(evaluations) if evaluations else 0.0
 
-    def of(seconds_per_row: float | None, rows: float) -> float | None:
-        return None if seconds_per_row is None else round(seconds_per_row * rows + evaluation, 3)
+    def of(cost_per_row: float | None, rows: float) -> float | None:
+        return None if cost_per_row is None else round(cost_per_row * rows + evaluation, 3)
 
     full = of(per_row("training"), train_rows + new_rows)
     return {

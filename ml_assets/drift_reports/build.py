@@ -112,7 +112,8 @@ def _look(
     read = watch.progress.to_seq, watch.progress.feedback_seq
     while records := traffic.requests(spec.name, after_seq=watch.progress.to_seq, limit=CHUNK):
         ours = [r for r in records if r.adapter_digest == champion.adapter_digest and r.status == 200]
-        watch.add([(observe(spec, reference.rule, r), r.answer or "") for r in ours], models.embed)
+        template = reference.about["template"]
+        watch.add([(observe(spec, reference.rule, r, template), r.answer or "") for r in ours], models.embed)
         watch.progress.to_seq = max(watch.progress.to_seq, *(r.seq or 0 for r in records))
     judged = traffic.feedback(spec.name, after_seq=watch.progress.feedback_seq)
     watch.judge([j for j in judged if j.request.adapter_digest == champion.adapter_digest])
@@ -140,6 +141,7 @@ def _look(
         outcome=outcome,
         looks=[*(before.looks if before else []), this][-LOOKS:],
         unlabelled=unlabelled_of(watch, max(UNLABELLED, spec.maintenance.ask_for_labels)),
+        feedback_seq=p.feedback_seq,
     )
     report = json.dumps(findings.to_json(), sort_keys=True, ensure_ascii=True).encode()
     files = {

@@ -234,11 +234,11 @@ class ClassifierDetector(Detector):
             if self.blocks >= span.blocks and (self.blocks - span.blocks) % span.stride == 0:
                 mean = self.sums[-span.blocks :].sum(axis=0) / (span.blocks * BLOCK)
                 direction = fisher(mean)
-                edges = cuts((self.held @ direction).astype(float), self.held_order, self.gaps)
+                edges = cuts(exactly(self.held, direction[None])[0], self.held_order, self.gaps)
                 self.runs.begin(self.blocks + span.life, self._take(kind), direction=direction, edges=edges)
         longest = CLASSIFIER_SPANS[-1].blocks
         if len(self.runs.ends):
-            scores = (rows.astype(np.float32) @ self.runs.extra["direction"].T).T.astype(float)  # type: ignore[union-attr]
+            scores = exactly(rows.astype(np.float32), self.runs.extra["direction"])  # type: ignore[arg-type]
             self.runs.count(bins_of(scores, random_order(seqs, REQUEST_ORDER), self.runs.extra["edges"]))  # type: ignore[arg-type]
             evidence = self.runs.log_weights + self.bets.log_evidence(self.runs.counts)
             self.log_evidence = float(evidence.max())
@@ -264,6 +264,13 @@ def fisher(mean: Floats) -> NDArray[np.float32]:
     """Unit direction (d,) from the reference's mean (0 in whitened features) to `mean`."""
     norm = float(np.linalg.norm(mean))
     return (mean / norm if norm > 0 else mean).astype(np.float32)
+
+
+def exactly(rows: NDArray[np.float32], directions: NDArray[np.float32]) -> Floats:
+    """Scores (R, n) of rows (n, d) by directions (R, d): equal for equal rows, which the last digits of a
+    product are not when it is computed in other company. Else all repeats of a text would be on one side of
+    a cut at this text."""
+    return (directions.astype(float) @ rows.T.astype(float)).astype(np.float32).astype(float)
 
 
 def _below(prefix: str, state: Mapping[str, NDArray[np.generic]]) -> State:

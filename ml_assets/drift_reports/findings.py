@@ -50,8 +50,15 @@ class Outcome:
     value_per_1000: float | None
     reference_value_per_1000: float | None
     loss: float | None
-    """Accuracy lost against the reference: measured where there is feedback, else estimated."""
+    """Accuracy lost against the reference: `measured`, or estimated."""
     loss_interval: tuple[float, float] | None = None
+    measured: bool = False
+    """Whether there are enough right answers from users to measure the loss."""
+    measured_on: int = 0
+    """Right answers that `accuracy` and `value_per_1000` are of: the newest, and of no key more than its
+    share."""
+    usable: int | None = None
+    """Right answers that a dataset would take by its share per key; None in reports that do not say it."""
 
 
 @dataclass(frozen=True)
@@ -83,11 +90,14 @@ class DriftFindings:
     looks: list[Look]
     unlabelled: list[str] = field(default_factory=list)
     """Ids of the requests without a right answer that a label would say most about, best first."""
+    feedback_seq: int = 0
+    """The newest feedback that was looked at."""
 
     @property
     def evidence(self) -> str:
-        """Names this look: equal for the same champion, dataset and request."""
-        return f"{self.adapter_digest[:12]}-{self.dataset_digest[:12]}-{self.to_seq}"
+        """Names this look: equal for the same champion, dataset, request and feedback."""
+        said = f"-f{self.feedback_seq}" if self.feedback_seq else ""
+        return f"{self.adapter_digest[:12]}-{self.dataset_digest[:12]}-{self.to_seq}{said}"
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

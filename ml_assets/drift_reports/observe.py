@@ -3,8 +3,8 @@
 import json
 import math
 import sys
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections import Counter, deque
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from hashlib import blake2b
@@ -16,11 +16,16 @@ from ml_assets.eval_reports.metrics import normalize_label, parse_json
 from ml_assets.eval_reports.value import is_refused
 from ml_assets.spec import CustomizationSpec
 from ml_assets.traffic.records import TrafficRecord
+from ml_assets.traffic.rows import invert
 
 MOST_LABELS = 60
 """A field of JSON answers with more values than this is no label."""
 LONGEST = 20_000
 """Characters of a question from which it is malformed: no one wrote it by hand."""
+
+
+LATELY = 50
+"""Requests after which the same text is a request of its own again."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +94,19 @@ class Observation:
     confidence: float | None
 
 
+class Lately:
+    """The texts of the last requests, by `twin`: what one client repeats, or a timer, is counted once."""
+
+    def __init__(self, twins: Iterable[int] = ()) -> None:
+        self.twins = deque(twins, LATELY)
+
+    def repeats(self, twin: int) -> bool:
+        """Whether a request repeats one of the last; it is one of them from now on."""
+        found = twin in self.twins
+        self.twins.append(twin)
+        return found
+
+
 def answered(
     spec: CustomizationSpec, rule: LabelRule, answer: str, finished: bool, known: bool = True
 ) -> Answered:
@@ -104,16 +122,32 @@ def answered(
     return Answered(rank, math.log1p(len(answer)), broken, is_refused(answer, spec.evaluation.value))
 
 
-def observe(spec: CustomizationSpec, rule: LabelRule, record: TrafficRecord) -> Observation:
-    """Never fails, whatever was asked or answered."""
+def makes_sense(asked: str) -> bool:
+    """Whether a question, as it came, is one: no empty, endless or binary one."""
+    return bool(normalize(asked[: 2 * LONGEST])) and len(asked) <= LONGEST and "\x00" not in asked
+
+
+def content(template: str, asked: str) -> str:
+    """What differs from question to question: the columns of the template, or the whole text where that does
+    not have its form. An embedding reads the beginning of a text, where the instruction of a template is."""
+    text = normalize(asked[: 2 * LONGEST])
+    columns = invert(template, text)
+    return "\n".join(columns.values()) if columns else text
+
+
+def observe(
+    spec: CustomizationSpec, rule: LabelRule, record: TrafficRecord, template: str | None = None
+) -> Observation:
+    """Never fails, whatever was asked or answered. `template` is the champion's for the user message, by
+    default that of the spec."""
     asked = [
         m.get("content") or "" for m in record.messages if isinstance(m, dict) and m.get("role") == "user"
     ]
     raw = "\n".join(str(text) for text in asked)
-    text = normalize(raw[: 2 * LONGEST])
+    text = content(spec.prompt.user if template is None else template, raw)
     confidence = confidence_of(record)
     nonsense = confidence is None and record.mean_logprob is not None
-    known = bool(text) and len(raw) <= LONGEST and "\x00" not in raw and not nonsense
+    known = makes_sense(raw) and not nonsense
     finished = record.finish_reason in (None, "stop")
     return Observation(
         record.seq or 0,

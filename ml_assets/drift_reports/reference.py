@@ -16,10 +16,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ml_assets.artifacts import ArtifactRef, ArtifactStore, canonical_json, read_json, sha256_bytes
-from ml_assets.datasets.snapshot import load_rows, normalize
+from ml_assets.datasets.snapshot import load_rows
 from ml_assets.drift_reports.embeddings import MINILM, Embed, Embedder, base_layer, embed_all, hashing
 from ml_assets.drift_reports.mmd import Kernel, null_tails
-from ml_assets.drift_reports.observe import LONGEST, LabelRule, answered
+from ml_assets.drift_reports.observe import (
+    LONGEST,
+    LabelRule,
+    Lately,
+    answered,
+    content,
+    makes_sense,
+    twin_of,
+)
 from ml_assets.drift_reports.projection import Projection, surface_of
 from ml_assets.engine.examples import read_examples
 from ml_assets.engine.hosted import is_hosted
@@ -30,10 +38,10 @@ if TYPE_CHECKING:
     from ml_assets.engine.loading import Base
 
 KIND = "drift_reference"
-VERSION = "1"
+VERSION = "2"
 """Raise when the same inputs would give another reference, or the same traffic other evidence."""
 MOST_ROWS = 8000
-"""Rows of the dataset that are embedded: the first by hash."""
+"""Rows of the dataset that are embedded."""
 FIT_PART, FIT_MOST = 1 / 3, 2000
 """Rows that the projection is fitted on, and that are never compared."""
 FEWEST = 40
@@ -168,8 +176,16 @@ def _build(
     dataset = store.open(ArtifactRef("dataset", manifest["dataset"]))
     train, frozen = load_rows(dataset, "train"), load_rows(dataset, "evaluation")
     rule = LabelRule.of(spec, [render_target(prompt, row) for row in train])
-    rows = sorted([*train, *frozen], key=lambda row: row["_row"])[:MOST_ROWS]
-    texts = [normalize(render_messages(prompt, row)[-1]["content"])[:LONGEST] for row in rows]
+    template = prompt["user"]
+    rows = sorted([*train, *frozen], key=lambda row: row["_row"])
+    if any("_count" in row for row in rows):
+        texts = as_asked(
+            [content(template, render_messages(prompt, row)[-1]["content"]) for row in rows],
+            [int(row.get("_count", 1)) for row in rows],
+        )
+    else:
+        texts = [content(template, render_messages(prompt, row)[-1]["content"]) for row in rows[:MOST_ROWS]]
+    texts = [text[:LONGEST] for text in texts]
     arrays = input_arrays(embed_all(models.embed.kept, texts), texts) if texts else {}
     lines = champion_lines(store, champion)
     arrays |= _answer_arrays(spec, rule, lines)
@@ -188,7 +204,8 @@ def _build(
         "base_revision": champion.base_revision,
         "dataset_digest": manifest["dataset"],
         "rule": vars(rule),
-        "rows": len(rows),
+        "template": template,
+        "rows": len(texts),
         "frozen_rows": len(lines),
         "refusal": spec.evaluation.value.refusal,
         "accuracy": float(np.mean(right)) if right else None,
@@ -197,6 +214,20 @@ def _build(
         "words": word_counts(texts),
     }
     return about, arrays
+
+
+def as_asked(texts: Sequence[str], counts: Sequence[int]) -> list[str]:
+    """At most MOST_ROWS texts as the source's users asked them: each as often as the source has it, in an
+    order by chance that is always the same, without those that traffic would leave out, too."""
+    drawn = np.random.default_rng(0).permutation(np.repeat(np.arange(len(texts)), counts))
+    twins = [twin_of(text) for text in texts]
+    lately, kept = Lately(), []
+    for number in drawn:
+        if not lately.repeats(twins[number]):
+            kept.append(texts[number])
+            if len(kept) == MOST_ROWS:
+                break
+    return kept
 
 
 def input_arrays(embeddings: NDArray[np.float32], texts: Sequence[str]) -> Arrays:
@@ -229,7 +260,12 @@ def champion_lines(store: ArtifactStore, champion: Champion) -> list[dict[str, A
 
 
 def _answer_arrays(spec: CustomizationSpec, rule: LabelRule, lines: Sequence[Mapping[str, Any]]) -> Arrays:
-    found = [answered(spec, rule, line["answer"], bool(line.get("finished", True))) for line in lines]
+    found = [
+        answered(
+            spec, rule, line["answer"], bool(line.get("finished", True)), makes_sense(line.get("prompt", "?"))
+        )
+        for line in lines
+    ]
     return {
         "label": np.array([a.label for a in found], dtype=float),
         "length": np.array([a.length for a in found], dtype=float),

@@ -23,7 +23,7 @@ def headline(findings: DriftFindings) -> str:
     if not alarms:
         return f"Nothing has changed that {count} would show."
     loss, outcome = findings.outcome.loss, findings.outcome
-    how = "measured" if outcome.accuracy is not None and outcome.labelled else "estimated"
+    how = "measured" if outcome.measured else "estimated"
     harm = (
         ""
         if loss is None

@@ -17,7 +17,7 @@ from ml_assets.drift_reports.detectors import ClassifierDetector, Detector, Scor
 from ml_assets.drift_reports.findings import Group, Outcome, Severity, Signal
 from ml_assets.drift_reports.mmd import MmdDetector
 from ml_assets.drift_reports.reference import words_of
-from ml_assets.drift_reports.watch import Recent, Watch
+from ml_assets.drift_reports.watch import FEW_LABELS, Recent, Watch
 
 NAMES: dict[str, Group] = {
     "inputs_classifier": "inputs",
@@ -31,8 +31,6 @@ NAMES: dict[str, Group] = {
 }
 """Every signal of a report and its group; one asset check each."""
 SHOWN = 8
-FEW_LABELS = 20
-"""Right answers from users below which the loss is estimated."""
 CALIBRATED = 50
 """Rows with confidence and right answer from which confidence can be read."""
 NOW = 200
@@ -122,7 +120,7 @@ def _effect(
     if name == "outcome_feedback":
         return (
             (outcome.loss, "accuracy lost, measured", outcome.loss_interval)
-            if outcome.accuracy is not None
+            if outcome.measured
             else (None, "", None)
         )
     if name == "outcome_estimated":
@@ -173,7 +171,8 @@ def outcome_of(watch: Watch) -> Outcome:
     reference, rows = about["accuracy"], about["frozen_rows"]
     estimated = estimated_accuracy(watch)
     loss = interval = None
-    if reference is not None and accuracy is not None and n >= FEW_LABELS:
+    measured = reference is not None and n >= FEW_LABELS
+    if measured:
         wrong = watch.reference.arrays["wrong"]
         loss, interval = _difference(sum(not x.right for x in labels), n, wrong)
     elif reference is not None and estimated is not None and rows:
@@ -188,6 +187,9 @@ def outcome_of(watch: Watch) -> Outcome:
         reference_value_per_1000=about["value_per_1000"],
         loss=loss,
         loss_interval=interval,
+        measured=measured,
+        measured_on=n,
+        usable=watch.usable(),
     )
 
 

@@ -3,8 +3,13 @@
 Everything is counted in blocks from the first request of the reference. What is left over waits for the next
 look, as part of the state; so a state says exactly which requests were counted, and each is counted once.
 
-A text that was asked before is not counted again: the snapshot holds every input once, and a request that is
-repeated by a timer says no more about the others than the first one did.
+A text that was among the last requests is not counted again: a client that tries again, or a timer, says no
+more about the others than the first time. Inputs count other repeats, like the reference, which has each
+row as often as the source. Answers count each text once, like the frozen rows.
+
+Anybody with a key can send right answers, so no key counts for more than its share, of what is shown and of
+the evidence. Which ones count follows from keys and order alone, never from what was right, so what counts is
+still a fair sample when nothing has changed.
 """
 
 import dataclasses
@@ -29,23 +34,34 @@ from ml_assets.drift_reports.detectors import (
 )
 from ml_assets.drift_reports.embeddings import Embed
 from ml_assets.drift_reports.mmd import Kernel, MmdDetector, Tails
-from ml_assets.drift_reports.observe import Observation, as_json, confidence_of, day_of, from_json
+from ml_assets.drift_reports.observe import (
+    Lately,
+    Observation,
+    as_json,
+    confidence_of,
+    day_of,
+    from_json,
+)
 from ml_assets.drift_reports.projection import surface_of
 from ml_assets.drift_reports.reference import Reference
 from ml_assets.eval_reports.metrics import metric_name, right_from, row_scores
 from ml_assets.eval_reports.value import is_refused, row_values
-from ml_assets.spec import CustomizationSpec
-from ml_assets.traffic.records import Judged
+from ml_assets.spec import CustomizationSpec, FeedbackSpec
+from ml_assets.traffic.records import OPERATOR, Judged
 from ml_assets.traffic.rows import row_of
 
 RECENT = 400
 """Requests whose details are kept, for rows to show and for estimates of how things are now."""
 REMEMBERED = 50_000
 """Texts that are remembered as asked before."""
+ANSWERS = ("outputs_mix", "outputs_length", "outputs_malformed", "outputs_refusals")
 SERIES = 5
 """Blocks in a point of the time series."""
 FEWEST_ANSWERS = 20
 """Frozen rows below which outputs are not compared."""
+FEW_LABELS = 20
+"""Right answers from users below which the loss is estimated, and beside which no key needs to be held to its
+share: there is nothing yet that it could drown."""
 
 
 @dataclass
@@ -76,6 +92,10 @@ class Labelled:
     prompt: str
     answer: str
     expected: str
+    key: str
+    given: int
+    counted: int
+    """Its number among all right answers, and among those that count."""
 
 
 @dataclass
@@ -89,14 +109,18 @@ class Progress:
     counted: int = 0
     repeated: int = 0
     labelled: int = 0
+    labels_counted: int = 0
     first_at: str = ""
     last_at: str = ""
     waiting: list[Observation] = field(default_factory=list)
     answers: dict[int, str] = field(default_factory=dict)
+    answered: list[tuple[int, int, int, float, bool, bool]] = field(default_factory=list)
     confident: list[tuple[int, str, float]] = field(default_factory=list)
     judged: list[tuple[int, str, bool]] = field(default_factory=list)
     recent: list[Recent] = field(default_factory=list)
     labels: list[Labelled] = field(default_factory=list)
+    given: dict[str, int] = field(default_factory=dict)
+    """Right answers by key, those that do not count included."""
     series: list[list[float]] = field(default_factory=list)
     block_sums: list[list[float]] = field(default_factory=list)
 
@@ -108,6 +132,7 @@ class Watch:
         self.spec, self.reference = spec, reference
         self.progress = Progress()
         self.seen: dict[int, None] = {}
+        self.lately = Lately()
         self.judged: dict[str, None] = {}
         self.detectors = _detectors(reference, days)
         self.projection = reference.projection if "held" in reference.arrays else None
@@ -128,12 +153,14 @@ class Watch:
             p.first_at = p.first_at or observation.at
             p.last_at = max(p.last_at, observation.at)
             p.read += 1
-            if observation.twin in self.seen:
+            if self.lately.repeats(observation.twin):
                 p.repeated += 1
                 continue
-            self.seen[observation.twin] = None
-            if len(self.seen) > REMEMBERED:
-                del self.seen[next(iter(self.seen))]
+            if observation.twin not in self.seen:
+                self.seen[observation.twin] = None
+                if len(self.seen) > REMEMBERED:
+                    del self.seen[next(iter(self.seen))]
+                self._answered(observation)
             p.waiting.append(observation)
             p.answers[observation.seq] = answer[:400]
             if len(p.waiting) == BLOCK:
@@ -142,29 +169,15 @@ class Watch:
 
     def _block(self, block: list[Observation], embed: Embed) -> None:
         p = self.progress
-        seqs, day = [o.seq for o in block], max(o.day for o in block)
         if self.projection is not None:
-            texts = [o.text for o in block]
+            seqs, day, texts = [o.seq for o in block], max(o.day for o in block), [o.text for o in block]
             rows = self.projection.apply(embed(texts), surface_of(texts))
             self.features = np.concatenate([self.features, rows])[-RECENT:]
             for name in ("inputs_classifier", "inputs_mmd"):
                 if name in self.detectors:
                     self.detectors[name].block(rows, seqs, day)  # type: ignore[arg-type]
-        columns = {
-            "outputs_mix": [o.answer.label for o in block],
-            "outputs_length": [o.answer.length for o in block],
-            "outputs_malformed": [o.answer.malformed for o in block],
-            "outputs_refusals": [o.answer.refused for o in block],
-        }
-        for name, values in columns.items():
-            if name in self.detectors:
-                self.detectors[name].block(np.array(values, dtype=float), seqs, day)
         p.counted += len(block)
         for o in block:
-            if o.confidence is not None:
-                p.confident.append((o.seq, o.at, o.confidence))
-                if len(p.confident) == BLOCK:
-                    self._confident()
             p.recent.append(
                 Recent(
                     o.seq,
@@ -198,6 +211,21 @@ class Watch:
             p.series = [*p.series[-999:], [float(block[-1].seq), *map(float, point)]]
             p.block_sums = []
 
+    def _answered(self, o: Observation) -> None:
+        """Count the answer to a text that was not asked before."""
+        p, a = self.progress, o.answer
+        p.answered.append((o.seq, o.day, a.label, a.length, a.malformed, a.refused))
+        if len(p.answered) == BLOCK:
+            seqs, days, *columns = zip(*p.answered, strict=True)
+            p.answered = []
+            for name, values in zip(ANSWERS, columns, strict=True):
+                if name in self.detectors:
+                    self.detectors[name].block(np.array(values, dtype=float), seqs, max(days))
+        if o.confidence is not None:
+            p.confident.append((o.seq, o.at, o.confidence))
+            if len(p.confident) == BLOCK:
+                self._confident()
+
     def _confident(self) -> None:
         waiting, self.progress.confident = self.progress.confident, []
         if "outcome_estimated" in self.detectors:
@@ -206,7 +234,8 @@ class Watch:
             self.detectors["outcome_estimated"].block(values, [seq for seq, _, _ in waiting], day)
 
     def judge(self, feedback: Sequence[Judged]) -> None:
-        """Count right answers, each request once: in the order in which users gave them."""
+        """Count right answers, each request once, and of no key more than its share: in the order in which
+        users gave them."""
         p = self.progress
         for judged in feedback:
             p.feedback_seq = max(p.feedback_seq, judged.feedback.seq or 0)
@@ -218,6 +247,12 @@ class Watch:
             right = self.is_right(expected, request.answer, row)
             if right is None:
                 continue
+            key = judged.feedback.key_id
+            p.labelled += 1
+            p.given[key] = p.given.get(key, 0) + 1
+            if not self._takes(key):
+                continue
+            p.labels_counted += 1
             value = row_values(
                 [
                     {
@@ -240,10 +275,12 @@ class Watch:
                     "\n".join(asked)[:400],
                     request.answer[:400],
                     expected[:400],
+                    key,
+                    p.labelled,
+                    p.labels_counted,
                 )
             )
-            p.labels = p.labels[-RECENT:]
-            p.labelled += 1
+            p.labels = [label for label in p.labels if label.counted > p.labels_counted - RECENT]
             p.judged.append((request.seq or 0, judged.feedback.at, right))
             if len(p.judged) == FEW:
                 if "outcome_feedback" in self.detectors:
@@ -251,6 +288,25 @@ class Watch:
                     day = max(day_of(at) for _, at, _ in p.judged)
                     self.detectors["outcome_feedback"].block(wrong, [seq for seq, _, _ in p.judged], day)
                 p.judged = []
+
+    def _takes(self, key: str) -> bool:
+        """Whether the next right answer of a key counts. One of a key that has its share already takes the
+        place of the key's oldest, once that is RECENT right answers ago."""
+        p = self.progress
+        own = [label.given for label in p.labels if label.key == key]
+        others = len(p.labels) - len(own)
+        if others < FEW_LABELS or len(own) < most_of_key(self.spec.feedback, key, others):
+            return True
+        if p.labelled - own[0] < RECENT:
+            return False
+        p.labels = [label for label in p.labels if label.given != own[0]]
+        return True
+
+    def usable(self) -> int:
+        """Right answers that a dataset would take by its share per key; what they say may leave out more."""
+        given = self.progress.given
+        total = sum(given.values())
+        return round(sum(min(n, most_of_key(self.spec.feedback, key, total - n)) for key, n in given.items()))
 
     def strangeness(self) -> list[float] | None:
         """How little each of `progress.recent` is like the reference, by the classifier with the most
@@ -276,6 +332,7 @@ class Watch:
 
         arrays: State = {
             "seen": np.fromiter(self.seen, dtype=np.int64, count=len(self.seen)),
+            "lately": np.array(self.lately.twins, dtype=np.int64),
             "features": self.features,
         }
         for name, detector in self.detectors.items():
@@ -299,6 +356,7 @@ class Watch:
 
         arrays = load(files["state.safetensors"])
         self.seen = dict.fromkeys(int(twin) for twin in arrays.pop("seen"))
+        self.lately = Lately(int(twin) for twin in arrays.pop("lately"))
         self.features = arrays.pop("features")
         for name, detector in self.detectors.items():
             prefix = f"{name}."
@@ -315,6 +373,7 @@ class Watch:
             | {
                 "waiting": [from_json(text) for text in values["waiting"]],
                 "answers": {int(seq): text for seq, text in values["answers"].items()},
+                "answered": [tuple(one) for one in values["answered"]],
                 "confident": [(s, a, c) for s, a, c in values["confident"]],
                 "judged": [(s, a, r) for s, a, r in values["judged"]],
                 "recent": [Recent(**r) for r in values["recent"]],
@@ -334,6 +393,15 @@ def _clean(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_clean(item) for item in value]
     return value
+
+
+def most_of_key(rules: FeedbackSpec, key: str, others: int) -> float:
+    """Right answers of a key that count beside so many of the others: as many as a dataset takes. The
+    operator's all do."""
+    if key == OPERATOR or rules.max_share_per_key == 1:
+        return math.inf
+    share = rules.max_share_per_key
+    return max(rules.min_rows_per_key, int(share / (1 - share) * others))
 
 
 def input_detectors(arrays: Mapping[str, NDArray[np.generic]], days: float) -> dict[str, Detector]:

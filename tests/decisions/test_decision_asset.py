@@ -147,6 +147,21 @@ def test_the_same_look_decides_once(home: Home) -> None:
     assert [record.data["action"] for record in later["history"].records] == ["watch", "incremental_update"]
 
 
+def test_labels_that_came_without_a_request_are_new_evidence(home: Home) -> None:
+    few = make_findings(labelled=3, to_seq=120, feedback_seq=3)
+    assert shown(home.materialize(few))["action"] == "ask_for_labels"
+    came = make_findings(labelled=53, to_seq=120, feedback_seq=53)
+    assert shown(home.materialize(came))["action"] == "incremental_update"
+    assert make_findings().evidence.endswith("-300"), "of streams without feedback it is as it was"
+
+
+def test_new_rows_are_those_that_the_dataset_would_take(home: Home) -> None:
+    findings = make_findings(labelled=60)
+    findings = dataclasses.replace(findings, outcome=dataclasses.replace(findings.outcome, usable=10))
+    metadata = shown(home.materialize(findings))
+    assert (metadata["action"], metadata["seen"]["new_rows"]) == ("ask_for_labels", 10)
+
+
 def test_the_cooldown_lasts_however_many_looks_there_are(home: Home) -> None:
     metadata = shown(home.materialize(make_findings()))
     (history,) = home.book.latest("home", 5)

@@ -16,7 +16,7 @@ from maintenance_world import (
     signal,
 )
 
-from ml_assets.decisions.diagnosis import LADDER, Past, again, decide, diagnose, escalated, predict
+from ml_assets.decisions.diagnosis import LADDER, Past, again, decide, diagnose, escalated, paid, predict
 from ml_assets.decisions.records import MAX_ATTEMPTS, TRAINING, Cost, Limits, Spent
 
 QUIET = signal(alarm=False)
@@ -249,6 +249,34 @@ def test_predictions_scale_with_rows() -> None:
     assert found["full_retrain"] == pytest.approx(0.105 * 850 + 12.0)
     assert found["incremental_update"] == pytest.approx(0.105 * (50 + 80) + 12.0)
     assert predict([], 800, 50, 0.1) == dict.fromkeys(found)
+
+
+def test_what_others_are_paid_counts_for_gain_and_budget() -> None:
+    costs = [
+        Cost("home", "training", "p", "r", 100.0, 400, money=40.0),
+        Cost("home", "evaluation", "p", "r", 10.0, 100, money=30.0),
+        Cost("home", "incremental", "p", "r", 20.0, 100, money=2.0),
+    ]
+    free = predict(costs, 400, 0, 0.0, paid(0.0))
+    assert free["full_retrain"] == pytest.approx(70.0)
+    priced = predict(costs, 400, 0, 0.0, paid(0.1))
+    assert priced["full_retrain"] == pytest.approx(30.0 + 29.0), "the device's own price is no payment"
+    evidence = make_evidence(paid={"incremental_update": 70.0, "full_retrain": 90.0})
+    policy = make_policy(money_per_month=50.0)
+    decision = decide(evidence, policy)
+    assert (decision.status, decision.cost) == ("blocked_by_budget", 70.0)
+    assert decision.gain == pytest.approx(450.0 - 70.0)
+    assert decide(evidence, make_policy(money_per_month=71.0)).status == "to_do"
+    follows = escalated(decision, "rejected", 120.0, policy, Spent(), Spent(), paid=90.0)
+    assert follows is not None and (follows.status, follows.cost) == ("blocked_by_budget", 90.0)
+
+
+def test_right_answers_that_the_dataset_would_not_take_are_no_new_rows() -> None:
+    findings = make_findings(loss=0.0, labelled=60, signals=[QUIET, MOVED])
+    outcome = dataclasses.replace(findings.outcome, usable=10)
+    decision = decide(make_evidence(dataclasses.replace(findings, outcome=outcome)), make_policy())
+    assert decision.action == "watch"
+    assert why_not(decision, "extend_dataset").startswith("10 labelled rows that the dataset lacks")
 
 
 # -- for all evidence ----------------------------------------------------------------------------------

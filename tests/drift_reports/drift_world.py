@@ -41,13 +41,23 @@ def specification(task: str = "classification", **blocks: Any) -> CustomizationS
 
 
 class World:
-    """Artifacts in a store below `home`. The champion is right on all but every twentieth frozen row."""
+    """Artifacts in a store below `home`. The champion is right on all but every twentieth frozen row. What is
+    asked ends with `ending`."""
 
-    def __init__(self, home: Path, spec: CustomizationSpec | None = None, base: ArtifactRef | None = None):
+    def __init__(
+        self,
+        home: Path,
+        spec: CustomizationSpec | None = None,
+        base: ArtifactRef | None = None,
+        ending: str = "",
+    ):
         self.home = home
         self.spec = spec or specification()
         self.store = ArtifactStore(str(home / "artifacts"))
-        every = [row | {"_row": sha256_bytes(row["text"].encode())} for row in colour_rows(3000)]
+        every = [
+            row | {"text": row["text"] + ending, "_row": sha256_bytes(row["text"].encode())}
+            for row in colour_rows(3000)
+        ]
         known, self.future = every[:ROWS], every[ROWS:]
         split = [row | {"_split": "evaluation" if i < FROZEN else "train"} for i, row in enumerate(known)]
         train, frozen = ([r for r in split if r["_split"] == side] for side in ("train", "evaluation"))
@@ -71,7 +81,7 @@ class World:
         return {
             "row": row["_row"],
             "arm": "adapter",
-            "prompt": row["text"],
+            "prompt": self.spec.prompt.user.format_map(row),
             "expected": self.answer(row["colour"]),
             "answer": answer,
             "right": answer == self.answer(row["colour"]),

@@ -1,6 +1,8 @@
 """What is fed in pieces, restarted, or is no sensible request at all."""
 
+import codecs
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from tempfile import mkdtemp
@@ -11,13 +13,28 @@ from drift_world import World, numbered, specification
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from ml_assets.drift_reports.embeddings import hashing
+from ml_assets.artifacts import sha256_bytes
+from ml_assets.datasets.snapshot import load_rows
+from ml_assets.decisions.diagnosis import Evidence, Policy, decide, diagnose
+from ml_assets.drift_reports.detectors import exactly
+from ml_assets.drift_reports.embeddings import embed_all, hashing
+from ml_assets.drift_reports.findings import DriftFindings, Look, Signal
 from ml_assets.drift_reports.observe import LabelRule, answered, observe
 from ml_assets.drift_reports.pictures import mix
-from ml_assets.drift_reports.reference import Models, Reference, find_reference
-from ml_assets.drift_reports.signals import outcome_of, signals_of
+from ml_assets.drift_reports.reference import (
+    Models,
+    Reference,
+    as_asked,
+    find_reference,
+    input_arrays,
+    word_counts,
+)
+from ml_assets.drift_reports.report import headline
+from ml_assets.drift_reports.signals import failed, outcome_of, signals_of
 from ml_assets.drift_reports.watch import Watch
-from ml_assets.traffic.records import FeedbackRecord, Judged, TrafficRecord
+from ml_assets.traffic.records import OPERATOR, FeedbackRecord, Judged, TrafficRecord
+
+ALARM = Signal("outcome_estimated", "outcome", True, "error", 1.0, 900.0, 365.0, "a signal")
 
 
 @lru_cache
@@ -59,6 +76,118 @@ def at_once() -> dict[str, bytes]:
     watch = Watch(world().spec, reference(), 365.0)
     add(watch, stream())
     return watch.save()
+
+
+def test_quiet_long_documents_are_no_alarm() -> None:
+    w = World(Path(mkdtemp()), ending=" lorem ipsum dolor" * 1200)
+    known = find_reference(w.spec, w.store, w.champion, Models(w.spec, w.store, w.home, w.champion))
+    watch = Watch(w.spec, known, 365.0)
+    add(watch, numbered(w.quiet(60)))
+    assert all(r.malformed for r in watch.progress.recent) and known.arrays["malformed"].all()
+    assert not any(d.alarm for d in watch.detectors.values())
+
+
+def test_a_shift_is_found_behind_a_long_instruction() -> None:
+    instruction = "You are given a question. Follow the rules below. " * 40
+    prompt = {"user": instruction + "{text}", "target": "{colour}"}
+    w = World(Path(mkdtemp()), specification(prompt=prompt))
+    known = find_reference(w.spec, w.store, w.champion, Models(w.spec, w.store, w.home, w.champion))
+    assert (known.arrays["held"] == reference().arrays["held"]).all(), "as without the instruction"
+    watch = Watch(w.spec, known, 365.0)
+    asked = [*w.quiet(200), *(replace(r, messages=[said(rot13(r))]) for r in w.quiet(200, 200))]
+    add(watch, numbered([replace(r, messages=[said(instruction + text_of(r))]) for r in asked]))
+    assert (watch.detectors["inputs_classifier"].alarmed_at or 0) > 200
+    assert (watch.detectors["inputs_mmd"].alarmed_at or 0) > 200
+
+
+def text_of(record: TrafficRecord) -> str:
+    return record.messages[0]["content"]
+
+
+def rot13(record: TrafficRecord) -> str:
+    return codecs.encode(text_of(record), "rot13")
+
+
+def said(text: str) -> dict[str, str]:
+    return {"role": "user", "content": text}
+
+
+@lru_cache
+def commands() -> list[str]:
+    """Texts of a household, the most frequent first: short ones, with a long tail."""
+    verbs = ["turn on", "turn off", "dim", "open", "close", "start", "stop"]
+    things = ["light", "lamp", "door", "blind", "heater", "fan", "radio", "oven"]
+    rooms = ["kitchen", "hall", "bath", "office", "garage", "attic"]
+    short = [f"{verb} the {thing}" for verb in verbs for thing in things]
+    return short + [
+        f"{text} in the {room} at {n} please" for n in range(20) for room in rooms for text in short
+    ]
+
+
+@lru_cache
+def known_commands(exponent: float, seed: int) -> tuple[Reference, list[str]]:
+    """The reference of a source that was asked 6,000 times, and what is asked after that."""
+    texts = commands()
+    weights = np.arange(1, len(texts) + 1) ** -exponent
+    drawn = np.random.default_rng(seed).choice(len(texts), 9000, p=weights / weights.sum())
+    counts = np.bincount(drawn[:6000], minlength=len(texts))
+    rows = sorted((sha256_bytes(texts[i].encode()), i) for i in np.flatnonzero(counts))
+    asked = as_asked([texts[i] for _, i in rows], [int(counts[i]) for _, i in rows])
+    about = reference().about | {"words": word_counts(asked)}
+    arrays = input_arrays(embed_all(embed(), asked), asked)
+    others = {name: v for name, v in reference().arrays.items() if name in ("label", "length", "malformed")}
+    others |= {name: reference().arrays[name] for name in ("refused", "wrong", "confidence")}
+    return Reference(reference().ref, about, others | arrays), [texts[i] for i in drawn[6000:]]
+
+
+@pytest.mark.parametrize(("exponent", "seed"), [(0.8, 0), (1.0, 1), (1.2, 2), (1.2, 3)])
+def test_popular_texts_are_no_change(exponent: float, seed: int) -> None:
+    known, asked = known_commands(exponent, seed)
+    w, watch = world(), Watch(world().spec, known, 365.0)
+    add(watch, numbered([w.record(i, text, "red") for i, text in enumerate(asked)]))
+    found = {name: d.alarmed_at for name, d in watch.detectors.items() if name.startswith("inputs")}
+    assert found == {"inputs_classifier": None, "inputs_mmd": None}
+
+
+def test_a_shift_among_popular_texts_is_found_however_one_looks() -> None:
+    known, asked = known_commands(1.0, 1)
+    w = world()
+    moved = [r.messages[0]["content"] for r in w.moved(600, 0)]
+    texts = [*asked[:600], *(moved[i] if i % 10 < 3 else asked[600 + i] for i in range(600))]
+    records = numbered([w.record(i, text, "red") for i, text in enumerate(texts)])
+    watch = Watch(w.spec, known, 365.0)
+    add(watch, records)
+    assert 600 < (watch.detectors["inputs_classifier"].alarmed_at or 0) <= 1000
+    pieces = Watch(w.spec, known, 365.0)
+    for start in range(0, len(records), 130):
+        add(pieces, records[start : start + 130])
+        saved, pieces = pieces.save(), Watch(w.spec, known, 365.0)
+        pieces.load(saved)
+    assert pieces.save() == watch.save()
+
+
+@pytest.mark.parametrize("rows", [7, 20, 61])
+def test_equal_rows_have_equal_scores_in_any_company(rows: int) -> None:
+    random = np.random.default_rng(0)
+    one = random.standard_normal(37).astype(np.float32)
+    directions = random.standard_normal((rows, 37)).astype(np.float32)
+    company = random.standard_normal((rows, 37)).astype(np.float32)
+    company[::3] = one
+    scores = exactly(company, directions)
+    alone = np.stack([exactly(one[None], d[None])[0, 0] for d in directions])
+    assert (scores[:, ::3] == alone[:, None]).all()
+
+
+def test_a_reference_without_counts_has_its_rows_once_and_by_hash() -> None:
+    known = reference()
+    w = world()
+    rows = sorted(
+        [*load_rows(w.store.open(w.dataset), "train"), *load_rows(w.store.open(w.dataset), "evaluation")],
+        key=lambda row: row["_row"],
+    )
+    texts = [row["text"] for row in rows]
+    assert known.about["rows"] == len(texts)
+    assert (known.arrays["held"] == input_arrays(embed_all(embed(), texts), texts)["held"]).all()
 
 
 @given(
@@ -124,6 +253,132 @@ def test_feedback_measures_the_loss_and_no_request_counts_twice() -> None:
     assert signal.alarm and signal.severity == "error"
     assert signal.effect_interval is not None and signal.effect_interval[0] > 0.8
     assert signal.rows[0]["why"] == "right would be: heater"
+
+
+def labels(keys: str, wrong: str = "") -> list[Judged]:
+    """Right answers in this order, one letter for each key; those of the keys in `wrong` contradict the
+    answer."""
+    w = world()
+    records = numbered([w.record(i, f"question {i}", "red") for i in range(len(keys))])
+    return [
+        Judged(
+            r,
+            FeedbackRecord(r.id, r.at, r.customization, key, None, "blue" if key in wrong else "red", r.seq),
+        )
+        for key, r in zip(keys, records, strict=True)
+    ]
+
+
+HONEST = "abcdefghijklmnopqrstuvwxyz" * 20
+
+
+def told(feedback: Sequence[Judged]) -> Watch:
+    watch = Watch(world().spec, reference(), 365.0)
+    watch.judge(feedback)
+    return watch
+
+
+def loss_of(watch: Watch) -> float:
+    loss = outcome_of(watch).loss
+    assert loss is not None
+    return loss
+
+
+def test_one_key_among_others_makes_no_failed_look() -> None:
+    keys = "".join(f"{one}{two}E" for one, two in zip(HONEST[:200:2], HONEST[1:200:2], strict=True))
+    watch = told(labels(keys, wrong="E"))
+    outcome = outcome_of(watch)
+    assert outcome.labelled == 300 and outcome.measured_on == 222
+    signals = signals_of(watch, outcome)
+    assert not failed(signals, outcome, 0.02)
+    everyone = Watch(specification(feedback={"max_share_per_key": 1}), reference(), 365.0)
+    everyone.judge(labels(keys, wrong="E"))
+    outcome = outcome_of(everyone)
+    assert outcome.measured_on == 300 and failed(signals_of(everyone, outcome), outcome, 0.02)
+
+
+def test_a_flood_of_one_key_hides_no_loss() -> None:
+    watch = told(labels(HONEST[:200] + "E" * 2000, wrong=HONEST))
+    assert loss_of(watch) > 0.8
+    assert sum(label.key == "E" for label in watch.progress.labels) == 22
+
+
+def test_the_only_application_is_measured_and_another_does_not_stop_it() -> None:
+    assert loss_of(told(labels("A" * 60, wrong="A"))) > 0.9
+    watch = told(labels("A" * 300 + "B" * 30 + "C" * 600, wrong="C"))
+    assert watch.progress.labels_counted > 350, "C counts beside A and B, and goes on"
+    assert [label.given for label in watch.progress.labels if label.key == "C"][-1] > 700
+    five = told(labels("ABCDF" * 400))
+    newest = [label.given for label in five.progress.labels]
+    assert len(newest) >= 50 and max(newest) > 1600
+
+
+def test_labels_of_the_operator_all_count() -> None:
+    feedback = labels("O" * 200 + HONEST[:100], wrong="O")
+    feedback = [
+        Judged(j.request, replace(j.feedback, key_id=OPERATOR)) if j.feedback.key_id == "O" else j
+        for j in feedback
+    ]
+    outcome = outcome_of(told([*feedback[200:], *feedback[:200]]))
+    assert (outcome.measured_on, outcome.usable) == (300, 300)
+
+
+def test_usable_right_answers_respect_the_share_per_key() -> None:
+    assert outcome_of(told(labels("A" * 60))).usable == 10
+    assert outcome_of(told(labels("E" * 400 + HONEST[:180]))).usable == 200
+
+
+def test_which_labels_count_depends_on_keys_and_order_alone() -> None:
+    keys = "AB" * 30 + HONEST[:300] + "E" * 500 + "A" * 90
+    whole = told(labels(keys, wrong="E"))
+    other = told(labels(keys, wrong="A"))
+    assert [x.id for x in other.progress.labels] == [x.id for x in whole.progress.labels]
+    pieces = Watch(world().spec, reference(), 365.0)
+    for start in range(0, len(keys), 70):
+        pieces.judge(labels(keys, wrong="E")[start : start + 70])
+        again = Watch(world().spec, reference(), 365.0)
+        again.load(pieces.save())
+        pieces = again
+    assert pieces.save() == whole.save()
+
+
+@pytest.mark.parametrize("count", [1, 19, 20, 1000])
+def test_what_is_said_of_a_loss_is_of_one_kind(count: int) -> None:
+    known = reference()
+    wrong = known.arrays["wrong"].astype(bool)
+    sure = np.where(wrong, -2.0, -0.05) + np.linspace(0, 0.01, len(wrong))
+    watch = Watch(world().spec, replace(known, arrays=known.arrays | {"confidence": sure}), 365.0)
+    add(watch, numbered([replace(r, mean_logprob=-2.0) for r in world().quiet(400)]))
+    watch.judge(labels("A" * count, wrong="A" if count == 20 else ""))
+    if count == 1000:
+        watch = told([*labels("A" * 600, wrong="A"), *labels("A" * 1000)[600:]])
+    outcome = outcome_of(watch)
+    assert outcome.measured == (count >= 20) and outcome.loss is not None
+    assert outcome.measured_on == min(count, 400)
+    before = outcome.reference_accuracy
+    shown = outcome.accuracy if outcome.measured else outcome.estimated_accuracy
+    assert before is not None and shown is not None
+    assert outcome.loss == pytest.approx(before - shown)
+    signals = signals_of(watch, outcome)
+    looks = [Look(n, "", True, []) for n in range(3)]
+    findings = DriftFindings(
+        "colours", "a", "b", "d", 1, 400, 400, 100.0, "2026-03-01", [*signals, ALARM], outcome, looks
+    )
+    maintenance = world().spec.maintenance
+    policy = Policy(maintenance, margin=0.02, value_of_right=1.0, currency="EUR", uses_labels=True)
+    text = diagnose(findings, policy).text
+    assert f"Accuracy {shown:.1%}" in text and f"a loss of {outcome.loss:.3f}" in text
+    assert (f"measured on {outcome.measured_on} right answers" in text) == outcome.measured
+    assert ("(measured)" in headline(findings)) == outcome.measured
+    effect = next(s.effect for s in signals if s.name == "outcome_feedback")
+    assert effect == (outcome.loss if outcome.measured else None)
+    evidence = Evidence(findings, "d", 100, 0, "2026-03-01T00:00:00+00:00")
+    worth = 1000 * outcome.loss
+    if outcome.measured:
+        assert outcome.value_per_1000 is not None and outcome.reference_value_per_1000 is not None
+        worth = max(0.0, outcome.reference_value_per_1000 - outcome.value_per_1000)
+    if count < 1000:  # then nothing is lost
+        assert f"waiting costs {worth * 3:.2f} EUR" in decide(evidence, policy).reason
 
 
 def by_its_row(expected: str, answer: str, row: dict[str, str]) -> float:
