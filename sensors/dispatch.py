@@ -17,7 +17,7 @@ from dagster._core.storage.tags import AUTO_RETRY_RUN_ID_TAG, WILL_RETRY_TAG
 from ml_assets.base_models.partitions import BASE_MODELS
 from ml_assets.decisions.asset import asset_url
 from ml_assets.decisions.book import DecisionBook
-from ml_assets.decisions.diagnosis import Policies, Policy, again, escalated, permitted, predict
+from ml_assets.decisions.diagnosis import Policies, Policy, again, escalated, paid, permitted, predict
 from ml_assets.decisions.records import Action, Alert, Decision
 from ml_assets.decisions.tags import ACTION_TAG, CUSTOMIZATION_TAG, DECISION_TAG
 from ml_assets.endpoints.ledger import Ledger, Release, now
@@ -225,9 +225,12 @@ def _escalate(
     policy, month = Policy.of(spec, settings), now()[:7]
     notes = book.notes(spec.name).get(spec.name, {})
     rows = int(notes["dataset"].value["train_rows"]) if "dataset" in notes else 0
-    seconds = predict(book.costs(spec.name), rows, 0, 0.0)["full_retrain"]
+    costs = book.costs(spec.name)
+    seconds = predict(costs, rows, 0, 0.0)["full_retrain"]
+    money = predict(costs, rows, 0, 0.0, paid(policy.price))["full_retrain"]
     # the run has ended, so what it reserved is either spent or free again
-    return escalated(decision, why, seconds, policy, book.spent(spec.name, month), book.spent(None, month))
+    spent = book.spent(spec.name, month), book.spent(None, month)
+    return escalated(decision, why, seconds, policy, *spent, money)
 
 
 def _impossible(
@@ -256,7 +259,7 @@ def _scheduled_anew(
     which may be a month away."""
     if release is None or not decision.evidence.startswith("schedule-"):
         return None
-    name, month, seconds = decision.customization, now()[:7], decision.device_seconds
+    name, month = decision.customization, now()[:7]
     anew = replace(
         decision,
         # what serves is a part of it, so that it is another decision
@@ -264,8 +267,6 @@ def _scheduled_anew(
         adapter_digest=release.adapter_digest,
         base_revision=release.base_revision,
         policy=policy.version,
-        cost=None if seconds is None else round(seconds * policy.price, 4),
-        currency=policy.currency,
         at="",
     )
     return permitted(

@@ -75,7 +75,7 @@ def build_drift_sensor(
             looks.append(targets.request(name, "look", key))
         if looks:
             names = [str(look.tags[CUSTOMIZATION_TAG]) for look in looks]
-            lines.append(f"enough new requests to look at {listing(names)}")
+            lines.append(f"enough new requests or labels to look at {listing(names)}")
         if left:
             lines.append(f"{left} looks are left to the next tick")
         if not lines:
@@ -97,14 +97,28 @@ def find_due(
     notes: Mapping[str, Mapping[str, Note]],
     serving: Mapping[str, Release],
 ) -> list[str]:
-    """Customizations that serve and had at least `drift.every` requests since their last look; those that
-    waited for the most requests first."""
+    """Customizations that serve and had at least `drift.every` requests since their last look, or the labels
+    that this look had asked for; those that waited for the most requests first."""
     new = {
         name: heads[name].requests - looked_at(notes.get(name, {}))
         for name in specs
         if name in heads and name in serving
     }
-    return sorted((n for n, count in new.items() if count >= specs[n].drift.every), key=lambda n: -new[n])
+    due = [
+        name
+        for name, count in new.items()
+        if count >= specs[name].drift.every or _labelled(specs[name], heads[name], notes.get(name, {}))
+    ]
+    return sorted(due, key=lambda name: -new[name])
+
+
+def _labelled(spec: CustomizationSpec, head: Head, notes: Mapping[str, Note]) -> bool:
+    """Whether labels that were asked for at the last look have come: a quiet endpoint must not wait for
+    requests until it may use them."""
+    look = notes["look"].value if "look" in notes else {}
+    if not look.get("wants_labels"):
+        return False
+    return head.labelled - int(look["labelled"]) >= spec.maintenance.min_new_rows
 
 
 def next_look(

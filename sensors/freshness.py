@@ -7,7 +7,15 @@ from typing import Any
 import dagster as dg
 
 from ml_assets.decisions.book import DecisionBook
-from ml_assets.decisions.diagnosis import LONGEST_BACK_OFF, Past, Policies, cooldown, duration, predict
+from ml_assets.decisions.diagnosis import (
+    LONGEST_BACK_OFF,
+    Past,
+    Policies,
+    cooldown,
+    duration,
+    paid,
+    predict,
+)
 from ml_assets.decisions.records import NOTHING, Alert, Decision, Note
 from ml_assets.decisions.staleness import Stale, find_stale, observe_due, to_decision
 from ml_assets.endpoints.ledger import Release, now
@@ -141,11 +149,13 @@ def _record(
     fleet = book.spent(None, month) + book.reserved(None, price)
     made = []
     for spec, stale in new:
-        seconds, dataset = None, notes[spec.name].get("dataset")
+        seconds, money, dataset = None, None, notes[spec.name].get("dataset")
         if stale.action == "refresh_source":
             rows = int(dataset.value["train_rows"]) if dataset else 0
-            seconds = predict(book.costs(spec.name), rows, 0, 0.0)["refresh_source"]
-        made.append(decide(spec, stale, seconds, book.spent(spec.name, month), fleet))
+            costs = book.costs(spec.name)
+            seconds = predict(costs, rows, 0, 0.0)["refresh_source"]
+            money = predict(costs, rows, 0, 0.0, paid(price))["refresh_source"]
+        made.append(decide(spec, stale, seconds, book.spent(spec.name, month), fleet, money))
     alerts = [
         Alert(
             f"blocked_by_budget:{decision.id}",

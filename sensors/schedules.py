@@ -6,7 +6,7 @@ import dagster as dg
 
 from ml_assets.decisions.asset import asset_url
 from ml_assets.decisions.book import DecisionBook
-from ml_assets.decisions.diagnosis import Policy, permitted, predict
+from ml_assets.decisions.diagnosis import Policy, paid, permitted, predict
 from ml_assets.decisions.records import Alert, Decision, Rejected
 from ml_assets.decisions.tags import CUSTOMIZATION_TAG
 from ml_assets.endpoints.ledger import Ledger, Release, now
@@ -87,7 +87,9 @@ def scheduled(
     dataset = book.notes(spec.name).get(spec.name, {}).get("dataset")
     rows = int(dataset.value["train_rows"]) if dataset else 0
     action = "refresh_source" if block.run == "main" else "full_retrain"
-    seconds = predict(book.costs(spec.name), rows, 0, 0.0)[action]
+    costs = book.costs(spec.name)
+    seconds = predict(costs, rows, 0, 0.0)[action]
+    money = predict(costs, rows, 0, 0.0, paid(policy.price))[action] or 0.0
     decision = Decision(
         customization=spec.name,
         action=action,
@@ -100,7 +102,7 @@ def scheduled(
         policy=policy.version,
         base_revision=release.base_revision,
         device_seconds=seconds,
-        cost=None if seconds is None else round(seconds * policy.price, 4),
+        cost=None if seconds is None else round(seconds * policy.price + money, 4),
         currency=policy.currency,
         seen={"kind": "schedule"},
         rejected=(Rejected("watch", "the YAML asks for it at this time"),),

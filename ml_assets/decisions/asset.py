@@ -82,6 +82,7 @@ def build_decision_asset(spec: CustomizationSpec) -> dg.AssetsDefinition:
                 looked = head.requests - len(log.requests(spec.name, findings.to_seq, head.last_seq))
                 facts = {"adapter": findings.adapter_digest, "to_seq": findings.to_seq, "looked": looked}
                 facts |= {"kind": made.seen["kind"], "e_value": e_value_of(findings)}
+                facts |= {"labelled": head.labelled, "wants_labels": made.action == "ask_for_labels"}
                 book.note(spec.name, "look", facts)
                 if made.action == "ask_for_labels" and made.status == "to_do":
                     wanted = findings.unlabelled[: rules.ask_for_labels]

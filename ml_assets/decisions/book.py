@@ -18,6 +18,7 @@ from ml_assets.adapters.rungs import Climb
 from ml_assets.artifacts import canonical_json, sha256_bytes
 from ml_assets.decisions.records import (
     FINAL,
+    NOTHING,
     TRAINING,
     Action,
     Alert,
@@ -373,7 +374,7 @@ class DecisionBook:
                 return "it has begun" if holder == decision.id else f"decision {holder} is under way"
             if decision.action in TRAINING:
                 seconds = decision.device_seconds or 0.0
-                planned = Spent(seconds, seconds * price)
+                planned = Spent(seconds, seconds * price if decision.cost is None else decision.cost)
                 month = now()[:7]
                 for whose, limits, name in (
                     ("of this customization", own, decision.customization),
@@ -632,16 +633,23 @@ def _spent(connection: sa.Connection, customization: str | None, month: str) -> 
 
 def _reserved(connection: sa.Connection, customization: str | None, price: float) -> Spent:
     """What open claims will spend, without what their runs have spent already."""
-    used = sa.func.coalesce(sa.func.sum(_costs.c.device_seconds), 0.0)
+    used = [
+        sa.func.coalesce(sa.func.sum(column), 0.0) for column in (_costs.c.device_seconds, _costs.c.money)
+    ]
     query = (
-        sa.select(_decisions.c.device_seconds, used)
+        sa.select(_decisions.c.body, *used)
         .select_from(_claims)
         .join(_decisions, _decisions.c.id == _claims.c.decision_id)
         .outerjoin(_costs, _costs.c.decision_id == _decisions.c.id)
-        .group_by(_decisions.c.id, _decisions.c.device_seconds)
+        .group_by(_decisions.c.id, _decisions.c.body)
     )
     if customization is not None:
         query = query.where(_claims.c.customization == customization)
-    rows = connection.execute(query).all()
-    seconds = sum(max(0.0, (planned or 0.0) - spent) for planned, spent in rows)
-    return Spent(seconds, seconds * price)
+    found = NOTHING
+    for body, seconds, money in connection.execute(query):
+        planned = json.loads(body)
+        wanted = planned["device_seconds"] or 0.0
+        # what a decision costs counts what a provider is paid
+        cost = wanted * price if planned["cost"] is None else planned["cost"]
+        found += Spent(max(0.0, wanted - seconds), max(0.0, cost - money))
+    return found

@@ -122,9 +122,10 @@ def to_decision(
     device_seconds: float | None,
     spent: Spent,
     fleet_spent: Spent,
+    paid: float | None = None,
 ) -> Decision:
-    """The decision to bring something up to date. What it may cost at most counts for the budget: whether
-    anything changed is known only afterwards."""
+    """The decision to bring something up to date. What it may cost at most (`device_seconds`, and `paid`,
+    money beside the device) counts for the budget: whether anything changed is known only afterwards."""
     seconds = device_seconds if stale.action == "refresh_source" else 0.0
     decision = Decision(
         customization=customization,
@@ -138,7 +139,7 @@ def to_decision(
         policy=policy.version,
         base_revision=stale.base_revision,
         device_seconds=seconds,
-        cost=None if seconds is None else round(seconds * policy.price, 4),
+        cost=None if seconds is None else round(seconds * policy.price + (paid or 0.0), 4),
         currency=policy.currency,
         seen={"kind": "stale"},
         rejected=(Rejected("watch", "it does not become fresh by itself"),),

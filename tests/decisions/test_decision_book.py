@@ -118,7 +118,7 @@ def test_only_one_of_many_gets_the_customization(ledger: Ledger) -> None:
 
 def test_open_claims_count_as_spent(book: DecisionBook) -> None:
     """Decisions made at the same time on the same budget: together they stay within it."""
-    decisions = [book.record(make(f"c{n}", device_seconds=40.0)) for n in range(4)]
+    decisions = [book.record(make(f"c{n}", device_seconds=40.0, cost=None)) for n in range(4)]
     fleet = Limits(device_seconds=100.0)
     refused = [claim(book, decision, fleet=fleet) for decision in decisions]
     assert refused[:2] == [None, None]
@@ -135,11 +135,22 @@ def test_open_claims_count_as_spent(book: DecisionBook) -> None:
 
 def test_budgets_in_money_and_of_the_customization(book: DecisionBook) -> None:
     spend(book, "home", 70.0, "run0")
-    decision = book.record(make(device_seconds=40.0))
+    decision = book.record(make(device_seconds=40.0, cost=40.0))
     reason = claim(book, decision, own=Limits(money=100.0))
     assert reason == "the budget of this customization: 40 money more than the 70 of this month exceed 100"
     free = book.record(make("free", action="release", device_seconds=0.0))
     assert claim(book, free, fleet=Limits(money=1.0)) is None, "a release computes nothing worth a budget"
+
+
+def test_what_a_provider_is_paid_is_planned_and_reserved(book: DecisionBook) -> None:
+    dear = book.record(make(device_seconds=3.0, cost=73.0))
+    assert claim(book, dear, own=Limits(money=50.0)).startswith("the budget of this customization: 73 money")
+    first, second = (book.record(make(f"c{n}", device_seconds=3.0, cost=73.0)) for n in range(2))
+    assert claim(book, first, fleet=Limits(money=100.0)) is None
+    assert book.reserved(None, 1.0) == Spent(3.0, 73.0)
+    spend(book, "c0", 3.0, "run0", money=43.0, decision_id=first.id)
+    assert book.reserved(None, 1.0) == Spent(0.0, 30.0)
+    assert claim(book, second, fleet=Limits(money=100.0)).startswith("the budget of the fleet")
 
 
 def test_a_cost_is_recorded_once_for_a_run_and_partition(book: DecisionBook) -> None:

@@ -131,5 +131,8 @@ def test_the_budget_holds_for_refreshes_and_not_for_what_is_free() -> None:
     blocked = to_decision("home", refresh, "d", RELEASE, policy, 60.0, spent, NOTHING)
     assert blocked.status == "blocked_by_budget"
     assert to_decision("home", refresh, "d", RELEASE, policy, 40.0, spent, NOTHING).status == "to_do"
+    money = make_policy(money_per_month=50)
+    paid = to_decision("home", refresh, "d", RELEASE, money, 0.0, NOTHING, NOTHING, 70.0)
+    assert (paid.status, paid.cost) == ("blocked_by_budget", 70.0), "also what a provider is paid"
     (rebuild,) = find_stale(make_spec(freshness={"dataset": "1d"}), notes(), RELEASE, NOW)
     assert to_decision("home", rebuild, "d", RELEASE, policy, None, Spent(500.0), NOTHING).status == "to_do"
