@@ -48,6 +48,15 @@ FORMATS = frozenset(
 # shows the pages for model training; the default of MLflow's UI are those for chat applications
 PAGES = "?workflowType=machine_learning"
 LOCK_SECONDS = 300  # a fresh store takes about 10 s to migrate, more on a busy machine
+# where MLflow keeps addresses of files
+ADDRESSES = (
+    ("experiments", "artifact_location"),
+    ("runs", "artifact_uri"),
+    ("model_versions", "source"),
+    ("model_versions", "storage_location"),
+    ("logged_models", "artifact_location"),
+    ("trace_tags", "value"),
+)
 
 
 class TrackingUnavailable(Exception):
@@ -59,7 +68,8 @@ def ensure_store(uri: str, artifact_root: str | None = None) -> None:
 
     Safe to call from many processes at once: a file lock beside the database lets one of them do the work
     (MLflow's own migration fails when two processes start it together). Sets WAL, so that readers do not
-    block writers. `artifact_root` is where MLflow's "Default" experiment keeps its files.
+    block writers. `artifact_root` is where MLflow's "Default" experiment keeps its files. Files beside the
+    database that were moved or copied with it are found where they are now.
     Raises TrackingUnavailable when the file is not a SQLite database, sqlite3.OperationalError or
     filelock.Timeout when it is locked.
     """
@@ -89,7 +99,29 @@ def ensure_store(uri: str, artifact_root: str | None = None) -> None:
                 utils._upgrade_db(engine)
         finally:
             engine.dispose()
-        SqlAlchemyStore(uri, artifact_root or str(path.parent / "artifacts"))
+        root = artifact_root or str(path.parent / "artifacts")
+        SqlAlchemyStore(uri, root)
+        if Path(root).resolve() == (path.parent / "artifacts").resolve():
+            with contextlib.closing(sqlite3.connect(path, timeout=20)) as connection, connection:
+                _follow(connection, root)
+
+
+def _follow(connection: sqlite3.Connection, root: str) -> None:
+    """Have a store whose directory was moved or copied name its files below `root`: MLflow keeps absolute
+    paths, and would go on with the files of the place where the store was made."""
+    query = "SELECT artifact_location FROM experiments WHERE experiment_id = 0"
+    default, new = connection.execute(query).fetchone(), Path(root).absolute()
+    old = Path(default[0]).parent if default else new
+    # a root with another name was chosen by a person, and did not move with the database
+    if not old.is_absolute() or old.name != new.name or old.resolve() == new.resolve():
+        return
+    before = f"{old}/"
+    for table, column in ADDRESSES:
+        connection.execute(
+            f"UPDATE {table} SET {column} = ? || substr({column}, ?) WHERE substr({column}, 1, ?) = ?",
+            (f"{new}/", len(before) + 1, len(before), before),
+        )
+    _log.info("MLflow's files are below %s now, and were below %s", new, old)
 
 
 def git_commit(root: Path) -> str | None:

@@ -10,6 +10,8 @@ from ml_assets.cli import supervisor
 from ml_assets.cli.supervisor import OperationError, print_urls
 from ml_assets.settings import Settings
 
+MOST_DAYS = 36_500  # dates end at the year 9999
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command line; returns the exit code (0: well, 1: the message says what to change, 2: usage)."""
@@ -46,7 +48,8 @@ def _parser() -> argparse.ArgumentParser:
         for line in (sys.modules[Settings.__module__].__doc__ or "").splitlines()
         if line.startswith("| `EVERGREEN_")
     )
-    table = [[cell.strip(" `") for cell in line.strip("|").split("|")] for line in settings.splitlines()]
+    lines = settings.replace("`", "").splitlines()
+    table = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     parser = argparse.ArgumentParser(
         prog="evergreen",
         description="Keep customized language models current. Operates Dagster, MLflow and the gateway here.",
@@ -156,21 +159,33 @@ def _gc(settings: Settings, options: argparse.Namespace) -> int:
     import os
 
     from dagster import ComponentTree, DagsterInstance
+    from dagster.components.core.component_tree import ComponentTreeException
 
     from ml_assets.artifacts import ArtifactStore
     from ml_assets.customization import Customization
     from ml_assets.fleet.garbage_job import GarbageConfig, collect_garbage
+    from ml_assets.mistakes import SpecError, check_files
     from resources.mlflow_tracking import MlflowTracking
 
     if not settings.dagster_home.is_dir():
         raise OperationError(f"{settings.home}: no data directory yet (`evergreen init` makes one)")
-    days = {} if options.unused_days is None else {"unused_days": options.unused_days}
+    days: dict[str, float] = {}
+    if options.unused_days is not None:
+        days = {"unused_days": _days("--unused-days", options.unused_days, 1)}
     config = GarbageConfig(dry_run=options.dry_run, retire=options.retire, **days)
     module = importlib.util.find_spec(os.environ.get(supervisor.MODULE_VARIABLE, "ml_assets.definitions"))
     if module is None or module.origin is None:
         raise OperationError(f"{supervisor.MODULE_VARIABLE}: there is no such module")
-    tree = ComponentTree.for_project(Path(module.origin).parent)
-    specs = [component.spec for component in tree.get_all_components(Customization)]
+    project = Path(module.origin).parent
+    try:
+        check_files(project)
+        tree = ComponentTree.for_project(project)
+        specs = [component.spec for component in tree.get_all_components(Customization)]
+    except (SpecError, ComponentTreeException) as error:
+        reason: BaseException = error  # Dagster draws the whole tree; what is wrong is in the cause
+        while reason.__cause__:
+            reason = reason.__cause__
+        raise OperationError(f"can't load the definitions: {reason}") from error
     store = ArtifactStore(settings.artifacts_url, settings.artifact_cache)
     with DagsterInstance.from_config(str(settings.dagster_home)) as instance, _ledger(settings) as ledger:
         for line in collect_garbage(config, instance, store, ledger, MlflowTracking(), specs):
@@ -217,7 +232,8 @@ def _keys_create(settings: Settings, options: argparse.Namespace) -> int:
 
     expires = None
     if options.days is not None:
-        expires = datetime.datetime.now(datetime.UTC) + datetime.timedelta(days=options.days)
+        days = datetime.timedelta(days=_days("--days", options.days, 0))
+        expires = datetime.datetime.now(datetime.UTC) + days
     with _ledger(settings) as ledger:
         key, info = keys.create(
             ledger,
@@ -256,6 +272,12 @@ def _keys_revoke(settings: Settings, options: argparse.Namespace) -> int:
             raise OperationError(error.args[0]) from error
     print(f"Key {info.id} ({info.name}) is revoked.")
     return 0
+
+
+def _days(option: str, days: float, least: int) -> float:
+    if not least <= days <= MOST_DAYS:  # nor is NaN
+        raise OperationError(f"{option} {days:g}: expected {least} to {MOST_DAYS} days")
+    return days
 
 
 def _ledger(settings: Settings):

@@ -154,11 +154,22 @@ def state_path(settings: Settings) -> Path:
 
 
 def read_state(settings: Settings) -> dict[str, Any] | None:
-    """What the supervisor started last: {"ports", "supervisor", "processes": {name: identity tags}}."""
+    """What the supervisor started last: {"urls", "supervisor", "processes": {name: identity tags}}. Raises
+    OperationError when the file is damaged."""
+    path = state_path(settings)
     try:
-        return json.loads(state_path(settings).read_text())
+        state = json.loads(path.read_text())
+        if {"urls", "supervisor", "processes"} <= state.keys():
+            return state
+        reason = "its entries are missing"
     except FileNotFoundError:
         return None
+    except (ValueError, AttributeError) as error:
+        reason = str(error)
+    raise OperationError(
+        f"{path}: expected what `evergreen up` wrote ({reason}); end the programs of this deployment that "
+        "still run, then remove the file"
+    )
 
 
 def is_running(settings: Settings) -> bool:

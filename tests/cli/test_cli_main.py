@@ -24,8 +24,10 @@ def test_help_names_every_command_and_variable(capsys):
         main(["--help"])
     assert ended.value.code == 0
     text = capsys.readouterr().out
-    for word in ("init", "up", "down", "status", "demo", "keys", "EVERGREEN_HOME", "EVERGREEN_MLFLOW_URI"):
+    variables = ("EVERGREEN_HOME", "EVERGREEN_MLFLOW_URI", "EVERGREEN_THREADS", "EVERGREEN_DTYPE")
+    for word in ("init", "up", "down", "status", "demo", "keys", *variables):
         assert re.search(rf"^\s+{word}\s", text, re.M), word
+    assert "`in_process` or `vllm`" not in text and "in_process or vllm (default" in text
 
 
 @pytest.mark.parametrize("arguments", [[], ["fly"], ["keys"], ["keys", "revoke"]])
@@ -58,14 +60,60 @@ def test_a_key_is_made_listed_and_revoked(capsys, home):
     [
         (["keys", "revoke", "00000000"], "no API key with id '00000000'"),
         (["keys", "create", "--scope", "Not A Name"], "expected a customization name"),
-        (["keys", "create", "--days", "-1"], "expected a time in the future"),
+        (["keys", "create", "--days", "0"], "expected a time in the future"),
+        (["keys", "create", "--days", "-1"], "--days -1: expected 0 to 36500 days"),
+        (["keys", "create", "--days", "99999999"], "--days 1e+08: expected 0 to 36500 days"),
+        (["keys", "create", "--days", "inf"], "--days inf: expected 0 to 36500 days"),
+        (["keys", "create", "--days", "nan"], "--days nan: expected 0 to 36500 days"),
+        (["gc", "--unused-days", "0.5"], "--unused-days 0.5: expected 1 to 36500 days"),
+        (["gc", "--unused-days", "1e12"], "--unused-days 1e+12: expected 1 to 36500 days"),
     ],
 )
-def test_a_mistake_is_one_line_and_exit_code_1(arguments, message, capsys):
+def test_a_mistake_is_one_line_and_exit_code_1(arguments, message, capsys, home):
+    (home / "dagster").mkdir(parents=True)
     assert main(arguments) == 1
     error = capsys.readouterr().err
     assert error.startswith("evergreen: error: ")
     assert message in error
+    assert len(error.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("type: ml_assets.Customization\nattributes:\n  nme: tickets\n", "defs.yaml:3: nme: unknown field"),
+        ("type: ml_assets.Customisation\nattributes: {}\n", "defs.yaml:1: "),
+        ("type: ml_assets.Customization\nattributes: [\n", "not valid YAML"),
+    ],
+)
+def test_a_mistake_in_a_yaml_is_what_gc_says(content, message, capsys, home, tmp_path, monkeypatch):
+    (home / "dagster").mkdir(parents=True)
+    shop = f"shop_{tmp_path.name}"  # a module is imported once
+    folder = tmp_path / shop / "defs/tickets"
+    folder.mkdir(parents=True)
+    (tmp_path / "pyproject.toml").write_text(
+        f'[tool.dg]\ndirectory_type = "project"\n[tool.dg.project]\nroot_module = "{shop}"\n'
+    )
+    for package in (shop, f"{shop}/defs"):
+        (tmp_path / package / "__init__.py").touch()
+    (folder / "defs.yaml").write_text(content)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setenv(supervisor.MODULE_VARIABLE, shop)
+    assert main(["gc"]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("evergreen: error: can't load the definitions: ")
+    assert message in error
+    assert "Traceback" not in error and "__init__.py" not in error
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"urls": '])
+@pytest.mark.parametrize("command", ["status", "down", "up"])
+def test_a_damaged_note_of_what_runs_is_named(command, content, capsys, home):
+    home.mkdir()
+    (home / "supervisor.json").write_text(content)
+    assert main([command]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"evergreen: error: {home}/supervisor.json: expected what `evergreen up` wrote")
     assert len(error.splitlines()) == 1
 
 

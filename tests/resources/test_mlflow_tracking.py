@@ -392,6 +392,46 @@ def test_a_store_of_an_older_mlflow_is_migrated(tmp_path):
     assert revision() == newest.revision
 
 
+@pytest.mark.parametrize("move", [shutil.move, shutil.copytree])
+def test_files_are_below_the_directory_that_the_store_is_in_now(tracking, monkeypatch, tmp_path, move):
+    with tracking.run(**RUN) as run:
+        run.log_artifacts(adapter_folder(tmp_path), "adapter")
+    tracking.register_adapter("orders", run.run_id, DIGEST)
+    artifacts = client(tracking).get_run(run.run_id).info.artifact_uri
+    client(tracking).create_model_version("orders", f"{artifacts}/adapter", run.run_id)
+    client(tracking).create_experiment("elsewhere", "/elsewhere/mlflow/artifacts/x")
+    old, new = Path(os.environ["EVERGREEN_HOME"]), tmp_path / "house Grüße"
+    move(old, new)
+    before = {path: path.stat().st_mtime_ns for path in old.rglob("artifacts/**/*")}
+
+    monkeypatch.setenv("EVERGREEN_HOME", str(new))
+    moved = MlflowTracking(patience_seconds=5)
+    with moved.run(**RUN) as again:
+        pass
+    with moved.run(**{**RUN, "input_key": "6f" * 32}) as another:
+        another.log_text("new", "report.html")
+    assert again.run_id == run.run_id
+    for run_id, name in ((run.run_id, "adapter/adapter_config.json"), (another.run_id, "report.html")):
+        files = Path(str(client(moved).get_run(run_id).info.artifact_uri))
+        assert files.is_relative_to(new / "mlflow/artifacts/evergreen")
+        assert (files / name).is_file()
+    version = client(moved).get_model_version_download_uri("orders", "2")
+    assert (Path(version) / "adapter_config.json").is_file() and Path(version).is_relative_to(new)
+    assert client(moved).get_experiment("0").artifact_location == str(new / "mlflow/artifacts/0")
+    elsewhere = client(moved).get_experiment_by_name("elsewhere")
+    assert elsewhere and elsewhere.artifact_location == "/elsewhere/mlflow/artifacts/x"
+    assert {path: path.stat().st_mtime_ns for path in old.rglob("artifacts/**/*")} == before
+
+
+def test_files_that_a_person_keeps_elsewhere_stay_there(tmp_path):
+    store, files = tmp_path / "store/mlflow.db", str(tmp_path / "files")
+    ensure_store(f"sqlite:///{store}", files)
+    ensure_store(f"sqlite:///{store}", str(store.parent / "artifacts"))
+    ensure_store(f"sqlite:///{store}", str(tmp_path / "other"))
+    with sqlite3.connect(store) as connection:
+        assert connection.execute("SELECT artifact_location FROM experiments").fetchall() == [(f"{files}/0",)]
+
+
 def test_ensure_store_leaves_other_stores_alone(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for uri in ("http://127.0.0.1:1", "postgresql://user@127.0.0.1:1/mlflow", "sqlite://"):
