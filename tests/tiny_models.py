@@ -141,17 +141,23 @@ def _tokenizer(vocabulary: int = VOCABULARY) -> Any:
 
 def _config(architecture: str, tokenizer: Any, heads: int, layers: int, hidden: int) -> Any:
     from transformers import (
+        BambaConfig,
         BioGptConfig,
         FalconConfig,
         Gemma2Config,
         GemmaConfig,
+        Glm4MoeConfig,
         GPT2Config,
         GPTNeoXConfig,
+        Lfm2Config,
         LlamaConfig,
+        MambaConfig,
         MistralConfig,
         Phi3Config,
         PhimoeConfig,
         Qwen2Config,
+        RecurrentGemmaConfig,
+        RwkvConfig,
     )
 
     special = {
@@ -194,4 +200,27 @@ def _config(architecture: str, tokenizer: Any, heads: int, layers: int, hidden: 
             rope = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 64}
             rope |= {"short_factor": factors, "long_factor": [8 * factor for factor in factors]}
             return Phi3Config(**grouped, rope_parameters=rope, original_max_position_embeddings=64)
+        case "glm4_moe":  # has layers of experts, and before them plain ones
+            experts = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+            groups = {"n_group": 1, "topk_group": 1, "n_shared_experts": 1, "first_k_dense_replace": 1}
+            return Glm4MoeConfig(**grouped, **experts, **groups, head_dim=hidden // heads)
+        case "lfm2":  # has convolutions between its attention
+            return Lfm2Config(**grouped, layer_types=["conv", "full_attention"] * (layers // 2))
+        case "bamba":  # a state space between its attention
+            space = {"mamba_n_heads": 8, "mamba_d_state": 8, "mamba_d_head": hidden // 4}
+            space |= {"mamba_n_groups": 1, "mamba_chunk_size": 8}
+            return BambaConfig(**grouped, attn_layer_indices=[1], **space)
+        case "mamba":  # a state space alone, in a cache of another name
+            return MambaConfig(**special, hidden_size=hidden, num_hidden_layers=layers, state_size=8)
+        case "recurrent_gemma":  # keeps its state in its layers
+            blocks = {"block_types": ["recurrent", "attention"], "lru_width": hidden}
+            return RecurrentGemmaConfig(**grouped, **blocks, attention_window_size=CONTEXT)
+        case "rwkv":  # gives its state as a list
+            return RwkvConfig(
+                **special,
+                hidden_size=hidden,
+                attention_hidden_size=hidden,
+                num_hidden_layers=layers,
+                context_length=CONTEXT,
+            )
     raise ValueError(f"architecture {architecture!r}: expected one of {', '.join(ARCHITECTURES)}")

@@ -270,8 +270,11 @@ def _prompted(
     rows = read_json(inputs.dataset_directory / "manifest.json")["rows"]["train"]
     cost = run_cost(context.run, spec.name, "training", context.partition_key)
     with metered(ledger.decisions, cost, settings.device_second_price) as meter:
-        trained = publish_hosted(inputs, store, settings.home, context.log.info)
-        meter.money = 0.0 if trained.reused else trained.record["money"]
+
+        def pay(money: float) -> None:
+            meter.money = money
+
+        trained = publish_hosted(inputs, store, settings.home, context.log.info, pay)
         meter.read(0 if trained.reused else trained.record["seconds"], rows)
     return trained
 

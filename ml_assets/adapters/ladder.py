@@ -13,7 +13,7 @@ import datetime
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -65,6 +65,7 @@ from ml_assets.eval_reports.build import (
 )
 from ml_assets.eval_reports.gate import Difference, is_sampled, rows_for_equal, share_alpha
 from ml_assets.eval_reports.metrics import metric_name
+from ml_assets.eval_reports.runner import Answer, now, seconds_since
 from ml_assets.eval_reports.statistics import mean_bounds
 from ml_assets.spec import AdapterRecipe, CustomizationSpec, PromptSpec, RungName
 
@@ -259,6 +260,7 @@ class _Climber:
     on_progress: Callable[[Any], None] | None
     checkpoint_seconds: float
     spent: float = 0.0
+    kept: list[Answer] = field(default_factory=list)
 
     def run(self) -> Climbed:
         from ml_assets.engine import hardware
@@ -305,12 +307,15 @@ class _Climber:
         _remember(self.store, self.key, "whole", dataclasses.asdict(found))
         return Climbed(chosen, found, self.spent)
 
-    def _began(self) -> str:
-        """When this climb was first begun: what was made since was made for it, also before a kill."""
-        known = _recall(self.store, self.key, "began")
+    def _began(self, part: str = "") -> str:
+        """When this climb, or a part of it, was first begun: what was made since was made for it, also before
+        a kill."""
+        name = f"{part}-began" if part else "began"
+        known = _recall(self.store, self.key, name)
         if known is None:
-            known = {"at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")}
-            _remember(self.store, self.key, "began", known)
+            at = now() if part else datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+            known = {"at": at}
+            _remember(self.store, self.key, name, known)
         return known["at"]
 
     # -- before the first look -------------------------------------------------------------------------
@@ -319,12 +324,17 @@ class _Climber:
         if known := _recall(self.store, self.key, "plan"):
             return _Plan(**known)
         rungs = self.spec.migration.rungs
-        plan = _Plan({}, {}, None, 0.0, None, {}, {}, 0.0, 1)
-        with self._timed() as seconds:
-            plan.level = self._level()
-        plan.level_seconds = seconds()
-        if "bare" in rungs:
+        known = _recall(self.store, self.key, "planned")  # by a process that was killed
+        plan = _Plan(**known) if known else _Plan({}, {}, None, 0.0, None, {}, {}, 0.0, 1)
+        if not known:
+            # in full, whichever climb had them first: the saving must not depend on the order of climbs
+            with self._timed(since="") as seconds:
+                plan.level = self._level()
+            plan.level_seconds = seconds()
+            _remember(self.store, self.key, "planned", dataclasses.asdict(plan))
+        if "bare" in rungs and plan.bare is None:
             self._plan_bare(plan)
+            _remember(self.store, self.key, "planned", dataclasses.asdict(plan))
         if not same_tokenizer(self.inputs.base_directory, self.parent_base):
             self._within(plan, self._screen_rows() * (1 + bool(self.spec.evaluation.few_shot)))
         if {"copy", "tune", "distil"} & set(rungs):
@@ -350,7 +360,9 @@ class _Climber:
         )
 
     def _level(self) -> float:
-        lines = champion_lines(self.spec, self.root, self.store, self.home, self.dataset, self.champion)
+        lines = champion_lines(
+            self.spec, self.root, self.store, self.home, self.dataset, self.champion, self.kept
+        )
         return _mean([line["scores"][self._metric] for line in lines if is_sampled(line)])
 
     def _plan_bare(self, plan: _Plan) -> None:
@@ -364,7 +376,7 @@ class _Climber:
             with self._timed() as seconds:
                 made[name] = publish_prompted(self.inputs, self.store, self.home, name)
             plan.training_seconds["bare"] += self._took(made[name], seconds())
-        with self._timed() as seconds:
+        with self._timed(self._began("bare-screen")) as seconds:
             scores = {name: self._screened(adapter.ref) for name, adapter in made.items()}
         plan.screen_seconds["bare"] = seconds()
         best = max(scores, key=lambda name: (_mean(scores[name]), name == "zero_shot"))
@@ -581,7 +593,7 @@ class _Climber:
             + (0.0 if rung == "bare" else self._took(trained, seconds())),
         )
         if rung not in ("bare", "full"):
-            with self._timed() as seconds:
+            with self._timed(self._began(f"{rung}-screen")) as seconds:
                 reason = self._waste(rung, trained, plan, before)
             result = replace(
                 result,
@@ -662,7 +674,8 @@ class _Climber:
     def _shown(self, result: RungResult, adapter: ArtifactRef, plan: _Plan, before: int) -> RungResult:
         """One look at the frozen rows, after `before` others. The first one also pays for the champion's
         answers."""
-        with self._timed() as seconds:
+        since = self._began(f"{result.rung}-look")
+        with self._timed():
             built = build_report(
                 self.spec,
                 self.root,
@@ -674,7 +687,9 @@ class _Climber:
                 champion=self.champion,
                 looks=plan.looks,
                 look=before + 1,
+                since=since,
             )
+        took = built.record["took"] if not built.reused or built.record.get("at", "") >= since else 0.0
         decision = built.decision
         difference = decision["difference"] or {}
         reasons = list(decision["reasons"])
@@ -694,9 +709,7 @@ class _Climber:
             bare=_bare(built),
             negative_flips=difference.get("losses"),
             rows=difference.get("rows", 0),
-            evaluation_seconds=result.evaluation_seconds
-            + (0.0 if built.reused else seconds())
-            + (0.0 if before else plan.level_seconds),
+            evaluation_seconds=result.evaluation_seconds + took + (0.0 if before else plan.level_seconds),
             looks=plan.looks,
             look=before + 1,
             rows_missing=missing,
@@ -752,11 +765,19 @@ class _Climber:
     # -- what it costs ---------------------------------------------------------------------------------
 
     @contextlib.contextmanager
-    def _timed(self) -> Iterator[Callable[[], float]]:
-        """Count the seconds of the block as spent; the callable gives them, also afterwards."""
+    def _timed(self, since: str | None = None) -> Iterator[Callable[[], float]]:
+        """Count the seconds of the block as spent; the callable gives them, also afterwards. With what the
+        answers took that it found kept `since`: by a process that was killed."""
         started, ended = time.monotonic(), None
+        kept: list[Answer] = []
+        self.kept = kept
+
+        def seconds() -> float:
+            earlier = 0.0 if since is None else seconds_since(kept, since)
+            return round((ended or time.monotonic()) - started + earlier, 3)
+
         try:
-            yield lambda: round((ended or time.monotonic()) - started, 3)
+            yield seconds
         finally:
             ended = time.monotonic()
             self.spent += ended - started
@@ -848,6 +869,7 @@ class _Climber:
                 [adapter_arm("adapter", adapter, folder)],
                 store=self.store,
                 compute=hardware.hardware_class(self.home),
+                kept_before=self.kept,
             )
         return [line["scores"][self._metric] for line in lines]
 

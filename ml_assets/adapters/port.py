@@ -396,7 +396,7 @@ def _taught(
     manifest = read_json(store.open(port.parent) / "manifest.json")
     found = list(examples)
     if not is_prompted(manifest) and same_tokenizer(inputs.base_directory, store.open(port.parent_base)):
-        softs = _probabilities(port, store, home, [examples[i] for i in chosen])
+        softs = _probabilities(port, store, home, [examples[i] for i in chosen], base.vocabulary)
         for i, soft in zip(chosen, softs, strict=True):
             found[i] = replace(examples[i], soft=soft)
         return found
@@ -408,14 +408,14 @@ def _taught(
 
 
 def _probabilities(
-    port: Port, store: ArtifactStore, home: Path, examples: "Sequence[Example]"
+    port: Port, store: ArtifactStore, home: Path, examples: "Sequence[Example]", vocabulary: int
 ) -> "list[Soft]":
     from ml_assets.engine.scoring import top_tokens
     from ml_assets.engine.training import Soft
 
     pairs = [(example.prompt, example.target) for example in examples]
     with teacher(store, home, port.parent, port.parent_base) as old, old.active(TEACHER):
-        found = top_tokens(old, pairs, TEACHER_TOKENS)
+        found = top_tokens(old, pairs, TEACHER_TOKENS, vocabulary=vocabulary)
     return [Soft(tokens, shares, TEACHER_WEIGHT) for tokens, shares in found]
 
 

@@ -82,24 +82,37 @@ def publish_prompted(inputs: AdapterInputs, store: ArtifactStore, home: Path, sh
 
 
 def publish_hosted(
-    inputs: AdapterInputs, store: ArtifactStore, home: Path, tell: Callable[[str], None] = lambda _: None
+    inputs: AdapterInputs,
+    store: ArtifactStore,
+    home: Path,
+    tell: Callable[[str], None] = lambda _: None,
+    pay: Callable[[float], None] = lambda _: None,
 ) -> TrainedAdapter:
     """The adapter for a hosted base: the prompt with examples chosen as the block `examples` says. Made once
     for the same inputs; what was paid for is not asked again, also after a kill. The record holds `requests`
-    and their `money`.
+    and their `money`, which `pay` is told also when this fails.
 
     Raises HostedError where the base does not answer, ValueError when the training rows hold too many labels.
     """
     key = hosted_key(inputs)
     if known := recall_adapter(store, key):
         return known
+    base = HostedModel(inputs.base_manifest, home / "cache" / "hosted")
+    try:
+        return _publish_hosted(inputs, store, key, base, tell)
+    finally:
+        pay(base.money)
+
+
+def _publish_hosted(
+    inputs: AdapterInputs, store: ArtifactStore, key: str, base: HostedModel, tell: Callable[[str], None]
+) -> TrainedAdapter:
     from ml_assets.eval_reports.runner import default_new_tokens
 
     start = time.perf_counter()
     spec = inputs.spec
     rows = load_rows(inputs.dataset_directory, "train")
     labels = answer_labels(spec, rows)
-    base = HostedModel(inputs.base_manifest, home / "cache" / "hosted")
     way, measured = choose_way(base, spec, rows, tell)
     answer_tokens = spec.evaluation.max_new_tokens or default_new_tokens(base, spec.prompt, rows)
     examples = way.examples(spec, rows, answer_tokens)

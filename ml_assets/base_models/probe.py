@@ -1,6 +1,8 @@
 """What a base model is, found by looking at the loaded model: nothing here depends on its name."""
 
+import copy
 import math
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,9 +83,11 @@ def context_length(config: Any, tokenizer: Any) -> int:
 def lora_targets(model: Any) -> dict[str, list[str]]:
     """{"all-linear": [...], "attention": [...]}: name suffixes for peft's `target_modules`.
 
-    A target is a linear layer (torch's, or GPT-2's transposed Conv1D) that is not the output head. It belongs
-    to attention when it lies in a module that computes attention in a forward pass; a model that does so
-    without transformers' attention interface, or not at all, has none.
+    A target is a linear layer (torch's, or GPT-2's transposed Conv1D; a router of experts that answers more
+    than a product is none) that is not the output head, and that peft would adapt under its name, so that an
+    adapter can leave. It belongs to attention when it lies in a
+    module that computes attention in a forward pass; a model that does so without transformers' attention
+    interface, or not at all, has none.
     """
     from torch import nn
     from transformers.pytorch_utils import Conv1D
@@ -93,14 +97,43 @@ def lora_targets(model: Any) -> dict[str, list[str]]:
     linear = {
         name
         for name, module in modules.items()
-        if isinstance(module, (nn.Linear, Conv1D)) and module is not head
+        if isinstance(module, (nn.Linear, Conv1D))
+        and type(module).forward in (nn.Linear.forward, Conv1D.forward)
+        and module is not head
     }
+    if not _adapts(model, linear):
+        kinds = {name.rpartition(".")[2] for name in linear}
+        alike = [{name for name in linear if name.rpartition(".")[2] == kind} for kind in kinds]
+        linear = {name for names in alike if _adapts(model, names) for name in names}
     blocks = attention_blocks(model)
     attention = {name for name in linear if any(name.startswith(f"{block}.") for block in blocks)}
     return {
         "all-linear": suffixes(linear, modules),
         "attention": suffixes(attention, modules),
     }
+
+
+def _adapts(model: Any, names: set[str]) -> bool:
+    """Whether peft, given the suffixes of these linear layers, puts LoRA on them and on nothing else. It
+    refuses some layers of state spaces, and where a model has experts takes its plain `gate_proj`, `up_proj`
+    and `down_proj` for theirs."""
+    import torch
+    from peft import LoraConfig, inject_adapter_in_model
+    from peft.tuners.lora import LoraLayer
+
+    try:
+        with torch.device("meta"):
+            blank = type(model)(copy.deepcopy(model.config))
+    except Exception:  # a model that computes with its weights as it is made: nothing to ask peft about
+        return True
+    wanted = suffixes(names, [name for name, _ in model.named_modules()])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what it warns of is seen in what it does
+        try:
+            inject_adapter_in_model(LoraConfig(r=1, target_modules=wanted), blank, low_cpu_mem_usage=True)
+        except ValueError:
+            return False
+    return {name for name, module in blank.named_modules() if isinstance(module, LoraLayer)} == names
 
 
 def attention_blocks(model: Any) -> set[str]:

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import torch
 
-from ml_assets.engine.forward import accepts, shared_prefix
+from ml_assets.engine.forward import accepts, only_positions, shared_prefix
 from ml_assets.engine.loading import Base
 from ml_assets.engine.lora import Route
 from ml_assets.engine.packing import (
@@ -575,8 +575,9 @@ class FallbackDecoder:
 
     def __init__(self, base: Base):
         self._base = base
+        self._cache = _cache_argument(base)
         self._waiting: list[Row] = []
-        self._batches: deque[_CacheBatch] = deque()
+        self._batches: deque[_CacheBatch | _WholeBatch] = deque()
 
     def forget(self, adapter: str) -> None:
         pass
@@ -606,7 +607,10 @@ class FallbackDecoder:
             batch.keep([i for i, row in enumerate(batch.rows) if not row.cancelled])
         self._batches = deque(batch for batch in self._batches if batch.rows)
         if self._waiting:
-            batch = _CacheBatch(self._base, self._waiting)
+            if self._cache is None:
+                batch = _WholeBatch(self._base, self._waiting)
+            else:
+                batch = _CacheBatch(self._base, self._waiting, self._cache)
             self._waiting = []
         elif self._batches:
             batch = self._batches.popleft()
@@ -618,9 +622,23 @@ class FallbackDecoder:
         return events
 
 
+@torch.inference_mode()
+def _cache_argument(base: Base) -> str | None:
+    """The name under which a model gives and takes its cache. None where it has none of which rows can be
+    selected: RWKV has a list, RecurrentGemma keeps its state in its layers."""
+    from transformers.cache_utils import Cache
+
+    with base.active(None):
+        out = base.model(input_ids=torch.tensor([[base.pad_id]], device=base.device), use_cache=True)
+    for name in ("past_key_values", "cache_params"):
+        if isinstance(getattr(out, name, None), Cache):
+            return name
+    return None
+
+
 class _CacheBatch:
-    def __init__(self, base: Base, rows: list[Row]):
-        self._base, self.rows = base, rows
+    def __init__(self, base: Base, rows: list[Row], cache: str):
+        self._base, self.rows, self._name = base, rows, cache
         width = max(len(row.prompt) for row in rows)
         self._ids = torch.full((len(rows), width), base.pad_id)
         self._mask = torch.zeros(len(rows), width, dtype=torch.long, device=base.device)
@@ -643,15 +661,15 @@ class _CacheBatch:
         if accepts(type(model), "logits_to_keep"):
             extra["logits_to_keep"] = 1
         mask = None if bool(self._mask.all()) else self._mask
+        if self._cache is not None:
+            extra[self._name] = self._cache
+            if self._name == "cache_params":  # a state space's mask is of the tokens that come in
+                mask = None
         with self._base.lora.routed(route):
             out = model(
-                input_ids=self._ids.to(self._base.device),
-                attention_mask=mask,
-                past_key_values=self._cache,
-                use_cache=True,
-                **extra,
+                input_ids=self._ids.to(self._base.device), attention_mask=mask, use_cache=True, **extra
             )
-        self._cache = out.past_key_values
+        self._cache = getattr(out, self._name)
         chosen, events, staying = _choose(self._base, self.rows, out.logits[:, -1])
         self._ids = chosen[:, None]
         self.keep(staying)
@@ -663,6 +681,44 @@ class _CacheBatch:
             return
         index = torch.tensor(staying, dtype=torch.long, device=self._base.device)
         if staying:
-            self._cache.batch_select_indices(index)
+            layers = self._cache.layers
+            if all(hasattr(layer, "batch_select_indices") for layer in layers):
+                self._cache.batch_select_indices(index)
+            else:  # a recurrent layer can only be reordered, which selects as well
+                for layer in layers:
+                    getattr(layer, "batch_select_indices", layer.reorder_cache)(index)
         self._mask, self._ids = self._mask[index], self._ids[index]
+        self.rows = [self.rows[i] for i in staying]
+
+
+class _WholeBatch:
+    """As `_CacheBatch`, without a cache: each token is computed from the whole row. Padding is on the right,
+    where neither attention nor a recurrent state sees it."""
+
+    def __init__(self, base: Base, rows: list[Row]):
+        self._base, self.rows = base, rows
+        self._tokens = [list(row.prompt) for row in rows]
+
+    def step(self) -> list[Event]:
+        base, rows = self._base, self.rows
+        width = max(map(len, self._tokens))
+        ids = torch.full((len(rows), width), base.pad_id)
+        last = torch.zeros(len(rows), width, dtype=torch.bool)
+        for i, tokens in enumerate(self._tokens):
+            ids[i, : len(tokens)] = torch.tensor(tokens)
+            last[i, len(tokens) - 1] = True
+        # one that does not begin within the prompt never does
+        starts = [row.active_from if row.active_from < len(row.prompt) else width for row in rows]
+        route = base.lora.for_rows([row.adapter for row in rows], [width] * len(rows), starts)
+        with only_positions(base.model, last.to(base.device)), base.lora.routed(route):
+            logits = base.model(input_ids=ids.to(base.device), use_cache=False).logits[0]
+        chosen, events, staying = _choose(base, rows, logits)
+        for tokens, token in zip(self._tokens, chosen.tolist(), strict=True):
+            tokens.append(token)
+        self.keep(staying)
+        return events
+
+    def keep(self, staying: list[int]) -> None:
+        """Let all other rows go."""
+        self._tokens = [self._tokens[i] for i in staying]
         self.rows = [self.rows[i] for i in staying]

@@ -164,7 +164,8 @@ class Packing(_Pass):
         (qp, *qs), (kp, *ks), (vp, *vs) = (x.split(lengths, dim=1) for x in (q, k, v))
         if prefix:
             whole = _Group(range(1), [prefix], 0, [0], q.device)
-            mask = whole.mask(0, None, window, q.dtype)
+            plain = window is None and _too_many(qp[None], kp[None], options)
+            mask = None if plain else whole.mask(0, None, window, q.dtype)
             parts.append(_scores(qp[None], kp[None], vp[None], mask, options)[0])
         for group, qi, ki, vi in zip(self.groups, qs, ks, vs, strict=True):
             qg, kg, vg = _gather(qi, group), _gather(ki, group), _gather(vi, group)
@@ -181,7 +182,9 @@ class Packing(_Pass):
                 rows = slice(group.rows.start, group.rows.stop)
                 kg = torch.cat([pk[rows, :, :before], kg], dim=2)
                 vg = torch.cat([pv[rows, :, :before], vg], dim=2)
-            mask = group.mask(before, counts, window, q.dtype)
+            # the mask of one long sequence would be as large as the square of its length
+            plain = not before and window is None and group.alone and _too_many(qg, kg, options)
+            mask = None if plain else group.mask(before, counts, window, q.dtype)
             parts.append(_scatter(_scores(qg, kg, vg, mask, options), group))
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
@@ -213,6 +216,7 @@ class _Group:
         self._masks: dict[Any, torch.Tensor] = {}
         self._branches = branches
         self._length = length
+        self.alone = len(rows) == 1 and branches is None
 
     def index(self, heads: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Where (rows, heads, width) comes from in (heads, tokens), and the way back."""
@@ -520,20 +524,26 @@ class _Options:
     sinks: torch.Tensor | None
 
 
+def _too_many(q: torch.Tensor, k: torch.Tensor, o: _Options) -> bool:
+    """Whether the products of these are not kept."""
+    n, heads, width, _ = q.shape
+    many = n * heads * width * k.shape[2] > MOST_SCORES
+    return many and o.softcap is None and o.sinks is None and not o.dropout
+
+
 def _scores(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor, o: _Options
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, o: _Options
 ) -> torch.Tensor:
-    """Attention of q (n, H, L, D) to k, v (n, H or a divisor, S, D) under mask (n, 1, L, S)."""
+    """Attention of q (n, H, L, D) to k, v (n, H or a divisor, S, D) under mask (n, 1, L, S); None, where
+    there are too many products to keep, for L = S tokens that each see those before."""
     n, heads, width, size = q.shape
     shared = k.shape[1]
-    if (
-        n * heads * width * k.shape[2] > MOST_SCORES
-        and o.softcap is None
-        and o.sinks is None
-        and not o.dropout
-    ):
+    if _too_many(q, k, o):
         k, v = (x.repeat_interleave(heads // shared, dim=1) for x in (k, v))
-        return torch.nn.functional.scaled_dot_product_attention(q, k, v, mask, scale=o.scale)
+        return torch.nn.functional.scaled_dot_product_attention(
+            q, k, v, mask, is_causal=mask is None, scale=o.scale
+        )
+    assert mask is not None
     q = (q * o.scale).reshape(n * shared, heads // shared * width, size)
     scores = torch.bmm(q, k.reshape(n * shared, -1, size).transpose(1, 2))
     weights = _weights(scores.view(n, heads, width, -1), mask, o)

@@ -45,17 +45,22 @@ def answer_losses(base: Base, pairs: Sequence[tuple[Sequence[int], Sequence[int]
 
 
 def top_tokens(
-    base: Base, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], k: int, batch_tokens: int = 4096
+    base: Base,
+    pairs: Sequence[tuple[Sequence[int], Sequence[int]]],
+    k: int,
+    batch_tokens: int = 4096,
+    vocabulary: int | None = None,
 ) -> list[tuple[list[list[int]], list[list[float]]]]:
     """At each token of each answer, the k tokens that are most probable under the active adapter, and their
-    probabilities: what a teacher tells."""
+    probabilities: what a teacher tells. Of the first `vocabulary` tokens, where a student has no more."""
     order = sorted(range(len(pairs)), key=lambda i: len(pairs[i][0]) + len(pairs[i][1]))
     found: list[tuple[list[list[int]], list[list[float]]]] = [([], [])] * len(pairs)
     for batch in _batches(pairs, order, batch_tokens):
         parts: list[tuple[torch.Tensor, torch.Tensor]] = []
 
         def keep(logits: torch.Tensor, parts: list[tuple[torch.Tensor, torch.Tensor]] = parts) -> None:
-            shares, tokens = logits.softmax(-1).topk(min(k, logits.shape[-1]), dim=-1)
+            shares = logits.softmax(-1)[:, :vocabulary]
+            shares, tokens = shares.topk(min(k, shares.shape[-1]), dim=-1)
             parts.append((tokens.cpu(), shares.cpu()))
 
         with torch.inference_mode():

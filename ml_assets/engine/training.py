@@ -7,7 +7,9 @@ the base's number format where that is another. LoRA: Hu et al. 2021, arXiv 2106
 import contextlib
 import math
 import random
+import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -252,17 +254,32 @@ def step_loss(
     return loss_sum
 
 
+_checkpointing: Counter[int] = Counter()
+"""Threads that want it, by model: they share one."""
+_checkpointing_changes = threading.Lock()
+
+
 @contextlib.contextmanager
 def _checkpointed(base: Base, wanted: bool) -> Iterator[None]:
     """Inside, layers keep their input alone and are computed again for the gradient."""
     if not wanted:
         yield
         return
-    base.model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    model = id(base.model)
+    with _checkpointing_changes:
+        _checkpointing[model] += 1
+        if _checkpointing[model] == 1:
+            base.model.activation_checkpointing_enable(
+                activation_checkpointing_kwargs={"use_reentrant": False}
+            )
     try:
         yield
     finally:
-        base.model.activation_checkpointing_disable()
+        with _checkpointing_changes:
+            _checkpointing[model] -= 1
+            if not _checkpointing[model]:
+                del _checkpointing[model]
+                base.model.activation_checkpointing_disable()
 
 
 # -- inside --------------------------------------------------------------------------------------------
@@ -285,6 +302,7 @@ def _run(
         [weights.master], lr=recipe.learning_rate, weight_decay=recipe.weight_decay, fused=True
     )
     first, tokens, losses, earlier = 0, 0, list[float](), 0.0
+    cuda = base.device.type == "cuda"  # dropout draws there
     saved = load_checkpoint(checkpoints) if checkpoints else None
     if saved is not None and saved.state["training"] == identity:
         weights.load(saved.tensors["weights"])
@@ -295,6 +313,8 @@ def _run(
                 "exp_avg_sq": saved.tensors["exp_avg_sq"].to(base.device),
             }
         torch.set_rng_state(saved.tensors["rng"])
+        if "device_rng" in saved.tensors:
+            torch.cuda.set_rng_state(saved.tensors["device_rng"], base.device)
         first, tokens, losses = saved.step, saved.state["tokens"], saved.state["losses"]
         earlier = saved.state.get("seconds", 0.0)
         if judge:
@@ -351,6 +371,7 @@ def _run(
                     "exp_avg": state["exp_avg"],
                     "exp_avg_sq": state["exp_avg_sq"],
                     "rng": torch.get_rng_state(),
+                    **({"device_rng": torch.cuda.get_rng_state(base.device)} if cuda else {}),
                     **({"best": judge.best} if judge else {}),
                 },
                 {

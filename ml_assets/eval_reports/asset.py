@@ -99,23 +99,27 @@ def build_eval_report_asset(spec: CustomizationSpec, root: Path) -> dg.AssetsDef
         cost = run_cost(context.run, spec.name, "evaluation", context.partition_key)
         try:
             with metered(ledger.decisions, cost, settings.device_second_price) as meter:
-                built = build_report(
-                    spec,
-                    root,
-                    store,
-                    settings.home,
-                    adapter=adapter,
-                    dataset=dataset,
-                    base_model=base_model,
-                    champion=champion,
-                    looks=rung.looks if rung and rung.looks else 1,
-                    look=rung.look if rung and rung.looks else 1,
-                    on_progress=tell,
-                )
+                paid: dict[str, dict[str, float]] = {}
+                try:
+                    built = build_report(
+                        spec,
+                        root,
+                        store,
+                        settings.home,
+                        adapter=adapter,
+                        dataset=dataset,
+                        base_model=base_model,
+                        champion=champion,
+                        looks=rung.looks if rung and rung.looks else 1,
+                        look=rung.look if rung and rung.looks else 1,
+                        paid=paid,
+                        on_progress=tell,
+                    )
+                finally:
+                    meter.money = sum(base["money"] for base in paid.values())
                 if climb and rung:
                     built = with_climb(built, climb, spec, root, store, settings.home)
                 meter.rows = built.summary["rows"]
-                meter.money = sum(paid["money"] for paid in built.record.get("hosted", {}).values())
                 if built.reused:
                     meter.device_seconds = 0
         except (EvaluationError, MetricError, IncompatibleAdapter) as error:

@@ -1,9 +1,11 @@
 """One eval report: from artifacts to a published report, or the one that was published before."""
 
+import contextlib
 import inspect
 import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -27,6 +29,7 @@ from ml_assets.eval_reports.metrics import resolve_callable
 from ml_assets.eval_reports.report import arm_title, render_html, render_markdown, summarize
 from ml_assets.eval_reports.runner import (
     RUNNER_VERSION,
+    Answer,
     Arm,
     Row,
     choose_examples,
@@ -35,7 +38,9 @@ from ml_assets.eval_reports.runner import (
     fitting_examples,
     forgetting,
     load_must_pass,
+    now,
     question_of,
+    seconds_since,
     select_rows,
 )
 from ml_assets.spec import CustomizationSpec, PythonMetric
@@ -61,7 +66,8 @@ class Champion:
 @dataclass(frozen=True)
 class BuiltReport:
     """A published report. `record` is what may differ between two computations of it: `seconds` per answer,
-    and what was sent to `hosted` bases ({revision: {"requests", "money"}})."""
+    what was sent to `hosted` bases ({revision: {"requests", "money"}}), the seconds that it `took`, and when
+    it was done (`at`)."""
 
     ref: ArtifactRef
     directory: Path
@@ -109,6 +115,10 @@ def report_key(
     }
     if looks > 1:
         parts["looks"] = [look, looks]
+    if evaluation.cluster:
+        parts["design_effect"] = "2"
+    if "rouge_l" in evaluation.resolved_metrics():
+        parts["rouge_l"] = "2"
     return sha256_bytes(canonical_json(parts))
 
 
@@ -124,10 +134,14 @@ def build_report(
     champion: Champion | None,
     looks: int = 1,
     look: int = 1,
+    since: str | None = None,
+    paid: dict[str, dict[str, float]] | None = None,
     on_progress: Callable[[str, int, int], None] | None = None,
 ) -> BuiltReport:
     """Evaluate, decide and publish, or find what these inputs gave before. `looks` and `look` are as in
-    `decide`.
+    `decide`. `since`: when this was first begun, in a process that may have been killed; what the answers
+    took that are kept from then on counts. `paid` gets what is sent to hosted bases, as in the record, also
+    when this fails.
 
     A candidate that is the champion keeps the report that made it so. `on_progress(arm, done, total)`.
 
@@ -146,8 +160,10 @@ def build_report(
     if serving == adapter.digest:
         champion = None
 
+    started = time.monotonic()
     hardware.prepare_process()
-    spent: dict[str, dict[str, float]] = {}
+    spent = {} if paid is None else paid
+    kept: list[Answer] = []
     with hardware.computing(home):
         lines, decision, seconds, about, known = _evaluate(
             spec,
@@ -162,10 +178,12 @@ def build_report(
             on_progress,
             (look, looks),
             spent,
+            kept,
         )
     summary = summarize(lines, spec.evaluation, decision, about, known)
     ref = _publish(store, summary, lines)
-    record = {"seconds": seconds, "hosted": spent}
+    took = time.monotonic() - started + (0.0 if since is None else seconds_since(kept, since))
+    record = {"seconds": seconds, "hosted": spent, "took": round(took, 3), "at": now()}
     store.remember(KIND, key, ref, record)
     once_serving = report_key(spec, root, adapter, dataset, base_model, adapter.digest, compute)
     store.remember(KIND, once_serving, ref, record)
@@ -244,9 +262,10 @@ def _evaluate(
     on_progress: Callable[[str, int, int], None] | None,
     look: tuple[int, int],
     spent: dict[str, dict[str, float]],
+    kept: list[Answer],
 ) -> tuple[list[Row], Decision, dict[str, list[float] | None], dict[str, Any], set[str]]:
     evaluation = spec.evaluation
-    questions = _Questions.of(spec, root, store, dataset, compute, on_progress)
+    questions = _Questions.of(spec, root, store, dataset, compute, on_progress, kept)
     rows, train_rows, must_pass = questions.rows, questions.train_rows, questions.must_pass
 
     base = open_base(store.open(base_model), home)
@@ -263,11 +282,11 @@ def _evaluate(
     candidate = adapter_arm("adapter", adapter, store.open(adapter))
     # where a champion decides, the bare base only shows what an adapter is for
     few = questions.first(evaluation.base_rows) if champion else questions
-    lines, seconds = few.ask(base, bare_arms)
-    more, more_seconds = questions.ask(base, [candidate])
+    with _noted(spent, base):
+        lines, seconds = few.ask(base, bare_arms)
+        more, more_seconds = questions.ask(base, [candidate])
     lines, seconds = lines + more, seconds | more_seconds
     forgotten = 0.0 if isinstance(base, HostedModel) or not candidate.adapter else forgetting(base, "adapter")
-    _note(spent, base)
     revision = base.manifest["revision"]
 
     served: dict[str, Any] = {}
@@ -279,8 +298,8 @@ def _evaluate(
         if champion.base_model is not None:
             del base  # two bases in memory at once may be more than there is
             base = open_base(store.open(champion.base_model), home)
-        more, more_seconds = questions.ask_champion(base, champion.adapter, folder)
-        _note(spent, base)
+        with _noted(spent, base):
+            more, more_seconds = questions.ask_champion(base, champion.adapter, folder)
         lines, seconds = lines + more, seconds | more_seconds
 
     by_arm = {name: [line for line in lines if line["arm"] == name] for name in seconds}
@@ -322,23 +341,24 @@ def champion_lines(
     home: Path,
     dataset: ArtifactRef,
     champion: Champion,
+    kept: list[Answer],
     on_progress: Callable[[str, int, int], None] | None = None,
 ) -> list[Row]:
     """What a champion on a base of its own answers to the evaluation rows: as in the reports that compare
-    with it. Raises what `build_report` raises."""
+    with it. `kept` gets the answers that were kept from before. Raises what `build_report` raises."""
     from ml_assets.engine import hardware
     from ml_assets.engine.loading import load_base
 
     assert champion.base_model is not None
     compute = hardware.hardware_class(home)
-    questions = _Questions.of(spec, root, store, dataset, compute, on_progress)
+    questions = _Questions.of(spec, root, store, dataset, compute, on_progress, kept)
     base = load_base(store.open(champion.base_model), hardware.compute_dtype(home))
     return questions.ask_champion(base, champion.adapter, store.open(champion.adapter))[0]
 
 
 @dataclass(frozen=True)
 class _Questions:
-    """The rows of an evaluation, and who keeps the answers to them."""
+    """The rows of an evaluation, who keeps the answers to them, and those that were kept before."""
 
     spec: CustomizationSpec
     store: ArtifactStore
@@ -349,6 +369,7 @@ class _Questions:
     failures: Sequence[Mapping[str, Any]]
     columns: Sequence[str]
     on_progress: Callable[[str, int, int], None] | None
+    kept: list[Answer]
 
     @classmethod
     def of(
@@ -359,6 +380,7 @@ class _Questions:
         dataset: ArtifactRef,
         compute: str,
         on_progress: Callable[[str, int, int], None] | None,
+        kept: list[Answer],
     ) -> "_Questions":
         evaluation, directory = spec.evaluation, store.open(dataset)
         rows = select_rows(load_rows(directory, "evaluation"), evaluation.max_rows)
@@ -366,7 +388,7 @@ class _Questions:
         must_pass = load_must_pass(root / evaluation.must_pass, columns) if evaluation.must_pass else []
         train_rows, held_out = load_rows(directory, "train"), load_rows(directory, "evaluation")
         failures = production_failures([*train_rows, *held_out], spec.feedback.must_pass)
-        return cls(spec, store, compute, train_rows, rows, must_pass, failures, columns, on_progress)
+        return cls(spec, store, compute, train_rows, rows, must_pass, failures, columns, on_progress, kept)
 
     def first(self, count: int | None) -> "_Questions":
         """The first `count` sampled rows, with those of the others that are the same."""
@@ -395,6 +417,7 @@ class _Questions:
             asked_with=asked_with,
             store=self.store,
             compute=self.compute,
+            kept_before=self.kept,
             on_progress=self.on_progress,
         )
 
@@ -409,10 +432,14 @@ class _Questions:
         return self.ask(base, [adapter_arm("champion", adapter, folder)], asked)
 
 
-def _note(spent: dict[str, dict[str, float]], base: "Base | HostedModel") -> None:
-    """What was sent to a hosted base, and what it cost."""
-    if isinstance(base, HostedModel) and base.sent:
-        spent[base.manifest["revision"]] = {"requests": base.sent, "money": round(base.money, 6)}
+@contextlib.contextmanager
+def _noted(spent: dict[str, dict[str, float]], base: "Base | HostedModel") -> Iterator[None]:
+    """What is sent to a hosted base inside, and what it costs, also when it fails."""
+    try:
+        yield
+    finally:
+        if isinstance(base, HostedModel) and base.sent:
+            spent[base.manifest["revision"]] = {"requests": base.sent, "money": round(base.money, 6)}
 
 
 def _evaluation_rows(store: ArtifactStore, dataset: str) -> set[str]:

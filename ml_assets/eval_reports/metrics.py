@@ -1,13 +1,16 @@
 """Scores of answers, one row at a time; every mean is derived from them. Scores are 0..1, higher is better.
 
 Three rules make an answer comparable: runs of whitespace are one space; labels also ignore case, quotes
-around them and a final full stop; JSON is compared as values, so that spacing and order of keys don't count.
+around them, a final full stop and how accents are encoded; JSON is compared as values, so that spacing and
+order of keys don't count.
 """
 
 import importlib
 import json
 import math
 import re
+import sys
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
@@ -44,8 +47,10 @@ def normalize(text: str) -> str:
 
 
 def normalize_label(text: str) -> str:
-    """A class label: also without case, quotes around it and a final full stop."""
-    return normalize(normalize(text).removesuffix(".").strip("\"'`*")).casefold()
+    """A class label: also without case, quotes around it and a final full stop, on either side of them, and
+    in the composed form of its accents."""
+    text = normalize(unicodedata.normalize("NFC", text)).removesuffix(".").strip("\"'`*")
+    return normalize(normalize(text).removesuffix(".")).casefold()
 
 
 def _no_constant(name: str) -> float:
@@ -125,13 +130,18 @@ def _chrf(expected: str, answer: str, row: Mapping[str, Any]) -> float:
 
 class _Words:
     """Words of any script, for rouge-score: its own tokenizer keeps a-z and 0-9 alone, so that other scripts
-    score 0. A character of a script without spaces is a word."""
+    score 0. A character of a script without spaces is a word. Vowels and accents may be marks that follow
+    their letter: they are part of it."""
 
     _unspaced = r"[\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\u0e00-\u0e7f]"
-    _word = re.compile(rf"{_unspaced}|(?:(?!{_unspaced})[^\W_])+")
+
+    def __init__(self) -> None:
+        characters = map(chr, range(sys.maxunicode + 1))
+        mark = "[" + "".join(c for c in characters if unicodedata.category(c) in ("Mn", "Mc")) + "]"
+        self._word = re.compile(rf"{self._unspaced}{mark}*|(?:(?!{self._unspaced})[^\W_]{mark}*)+")
 
     def tokenize(self, text: str) -> list[str]:
-        return self._word.findall(text.casefold())
+        return self._word.findall(unicodedata.normalize("NFC", text).casefold())
 
 
 @lru_cache(maxsize=1)

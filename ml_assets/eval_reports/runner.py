@@ -6,13 +6,14 @@ they depend on: a retrain does not repeat the base arms, a candidate that became
 and of a dataset that grew only the new rows are asked.
 """
 
+import datetime
 import json
 import logging
 import math
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -48,12 +49,25 @@ class EvaluationError(ValueError):
 
 @dataclass(frozen=True)
 class Answer:
-    """What one arm answered to one row. `finished`: it ended its turn within the tokens allowed."""
+    """What one arm answered to one row. `finished`: it ended its turn within the tokens allowed. `share`: of
+    the seconds that it and those asked with it took until `at` (ISO 8601, UTC)."""
 
     text: str
     prompt_tokens: int
     answer_tokens: int
     finished: bool
+    share: float = field(default=0.0, compare=False)
+    at: str = field(default="", compare=False)
+
+
+def now() -> str:
+    """ISO 8601 in UTC, which sorts."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="microseconds")
+
+
+def seconds_since(answers: Sequence[Answer], at: str) -> float:
+    """What those of the answers took that were given at this time or later."""
+    return sum(answer.share for answer in answers if answer.at >= at)
 
 
 @dataclass(frozen=True)
@@ -104,6 +118,12 @@ def load_must_pass(path: Path, columns: Sequence[str]) -> list[Row]:
                 f"{path}, line {number}: column {missing[0]!r} is missing, has {sorted(row)}"
             )
         row = {column: normalize(value) for column, value in row.items()}  # as in a dataset
+        try:
+            json.dumps(row, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            raise EvaluationError(
+                f"{path}, line {number}: expected text, found half of a surrogate pair: {error}"
+            ) from error
         key = sha256_bytes(canonical_json({column: row[column] for column in columns}))
         rows[key] = {**row, "_row": key}
     if not rows:
@@ -176,13 +196,14 @@ def answer(
     scope: str = "",
     store: ArtifactStore | None = None,
     compute: str = "",
+    kept_before: list[Answer] | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> tuple[list[Answer], list[float] | None]:
     """Answers of one arm, greedy or the most probable of its labels, and seconds of each that was not kept
     from an earlier time (None when all were).
 
     `names` are row hashes for messages, `scope` says whose answers are kept together, `compute` is the
-    hardware class, on which rounding depends.
+    hardware class, on which rounding depends. `kept_before` gets the answers that were kept.
     Raises EvaluationError that names the row whose prompt leaves no room for an answer, HostedError where a
     hosted model is asked.
     """
@@ -204,22 +225,27 @@ def answer(
     found = {
         digest: kept[digest][0] for digest in asked if digest in kept and _holds(kept[digest], max_new_tokens)
     }
+    if kept_before is not None:
+        kept_before += found.values()
     new = {
         digest: i for i, digest in enumerate(asked) if digest not in found
     }  # the same question: asked once
     seconds: list[float] | None = None
     if new:
         unknown = [conversations[i] for i in new.values()]
+        started = time.perf_counter()
         if isinstance(base, HostedModel):
             answers, seconds = _ask(base, unknown, max_new_tokens, labels, on_progress)
         else:
             rows = [names[i] for i in new.values()]
             answers, seconds = _compute(base, unknown, rows, max_new_tokens, arm, labels, on_progress)
+        share, at = (time.perf_counter() - started) / len(new), now()
+        answers = [replace(answer, share=round(share, 6), at=at) for answer in answers]
         found |= dict(zip(new, answers, strict=True))
         if store:
-            now = {digest: (found[digest], max_new_tokens) for digest in new}
+            added = {digest: (found[digest], max_new_tokens) for digest in new}
             _keep_answers(
-                store, key, {digest: entry for digest, entry in kept.items() if digest not in now} | now
+                store, key, {digest: entry for digest, entry in kept.items() if digest not in added} | added
             )
     return [found[digest] for digest in asked], seconds
 
@@ -397,6 +423,7 @@ def evaluate(
     asked_with: PromptSpec | Mapping[str, Any] | None = None,
     store: ArtifactStore | None = None,
     compute: str = "",
+    kept_before: list[Answer] | None = None,
     on_progress: Callable[[str, int, int], None] | None = None,
 ) -> tuple[list[Row], dict[str, list[float] | None]]:
     """Lines of every arm (in order of arm, then row hash), and seconds of the answers that were not kept from
@@ -404,7 +431,8 @@ def evaluate(
 
     `rows` are the selected evaluation rows. `asked_with` is the prompt put to the model when it is not the
     customization's own (a champion was trained on its own); what is expected always follows `prompt`.
-    `failures` are rows of either side of the dataset that were answered wrong in production.
+    `failures` are rows of either side of the dataset that were answered wrong in production. `kept_before`
+    gets the answers that were kept.
     """
     from ml_assets.engine.prompting import render_target
 
@@ -446,6 +474,7 @@ def evaluate(
             scope=scope,
             store=store,
             compute=compute,
+            kept_before=kept_before,
             on_progress=(lambda done, total, name=arm.name: on_progress(name, done, total))
             if on_progress
             else None,

@@ -192,7 +192,8 @@ def rows_needed(
 def design_effect(differences: ArrayLike, clusters: Sequence[Any]) -> float:
     """How much larger the variance of the mean difference is because rows come in clusters (at least 1).
 
-    Without any flip it can't be estimated: then rows of one cluster count as one row.
+    Few flips tell little about it. So one cluster of mean size that flips as a whole is thought to be there:
+    without any flip rows of one cluster count as one row, and it takes many flips to show that they need not.
     """
     values = np.asarray(differences, dtype=float)
     _, member = np.unique([str(c) for c in clusters], return_inverse=True)
@@ -202,10 +203,11 @@ def design_effect(differences: ArrayLike, clusters: Sequence[Any]) -> float:
         return 1.0
     spread = values - values.mean()
     independent = float(np.sum(spread**2))
-    if independent == 0 or groups == 1:
-        return n / groups
+    size = n / groups
+    if groups == 1:
+        return size
     clustered = groups / (groups - 1) * float(np.sum(np.bincount(member, weights=spread) ** 2))
-    return max(1.0, clustered / independent)
+    return max(1.0, (clustered + size**2) / (independent + size))
 
 
 # -- means of bounded values ---------------------------------------------------------------------------

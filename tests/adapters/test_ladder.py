@@ -20,6 +20,7 @@ from ml_assets.adapters.reproduce import compare, reproduce_inputs
 from ml_assets.adapters.rungs import Climb, RungResult
 from ml_assets.adapters.train import open_inputs, train_adapter
 from ml_assets.artifacts import ArtifactRef, read_json
+from ml_assets.eval_reports import build, runner
 from ml_assets.eval_reports.build import Champion, build_report, with_climb
 from ml_assets.spec import CustomizationSpec
 
@@ -366,6 +367,63 @@ def test_what_a_killed_climb_had_spent_on_a_training_counts(
     assert record["resumed_from"] == 3 and record["earlier_seconds"] > PAUSE
     assert full.training_seconds == pytest.approx(record["seconds"] + record["earlier_seconds"])
     assert climbed.climb.full_from == "measured" and climbed.climb.saved == pytest.approx(0.0)
+
+
+@pytest.mark.parametrize(
+    ("where", "slow_arm"),
+    [("_measure_starts", "champion"), ("summarize", "few_shot"), ("_shown", "few_shot")],
+)
+def test_what_a_killed_climb_had_spent_on_evaluations_counts(
+    where: str, slow_arm: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed once the champion has answered, once the arms of a report have, and once it is published."""
+    world, spec = World(tmp_path), specification(["copy"])
+    world.champion(spec)
+    compute, pause = runner._compute, 10 * PAUSE
+
+    def slow(*args: Any, **kwargs: Any) -> Any:
+        if args[4].name == slow_arm:
+            time.sleep(pause)
+        return compute(*args, **kwargs)
+
+    def then_killed(*args: Any, **kwargs: Any) -> None:
+        build.build_report(*args, **kwargs)
+        raise Killed
+
+    monkeypatch.setattr(runner, "_compute", slow)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        if where == "_shown":
+            patch.setattr(ladder_module, "build_report", then_killed)
+        else:
+            patch.setattr(build if where == "summarize" else ladder_module._Climber, where, killed)
+        world.climb("minor", spec)
+    [copied] = world.climb("minor", spec).climb.rungs
+    assert copied.looks and pause <= copied.evaluation_seconds - copied.screen_seconds < 2 * pause
+
+
+def test_the_champions_answers_cost_every_climb_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world, spec = World(tmp_path), specification(["full"], {"steps": 6})
+    world.champion(spec)
+    ask = build._Questions.ask_champion
+
+    def slow(*args: Any, **kwargs: Any) -> Any:
+        monkeypatch.setattr(runner, "_compute", slower)
+        try:
+            return ask(*args, **kwargs)
+        finally:
+            monkeypatch.setattr(runner, "_compute", compute)
+
+    def slower(*args: Any, **kwargs: Any) -> Any:
+        time.sleep(10 * PAUSE)
+        return compute(*args, **kwargs)
+
+    compute = runner._compute
+    monkeypatch.setattr(build._Questions, "ask_champion", slow)
+    for base in ("minor", "unlike"):
+        [full] = world.climb(base, spec).climb.rungs
+        assert full.evaluation_seconds > 10 * PAUSE
 
 
 def test_a_resumed_training_counts_what_came_before(world: World) -> None:

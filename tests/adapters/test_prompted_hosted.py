@@ -120,9 +120,11 @@ def test_a_killed_choice_goes_on_where_it_was(
     inputs = inputs_of(provider, store, specification(), at_once=1, attempts=1)
     before = provider.chats
     provider.failures = [None] * 20 + [500]
+    paid: list[float] = []
     with pytest.raises(HostedError, match="status 500"):
-        publish_hosted(inputs, store, evergreen_home)
+        publish_hosted(inputs, store, evergreen_home, pay=paid.append)
     broken = provider.chats - before
+    assert paid and paid[0] > 0, "what was sent before it failed"
     made = publish_hosted(inputs, store, evergreen_home)
     other = ArtifactStore(str(evergreen_home / "other"))
     assert made.record["requests"] == provider.chats - before - broken
@@ -178,7 +180,12 @@ def test_a_text_is_nearest_to_itself(texts: list[str], number: int) -> None:
 
 
 def report(
-    store: ArtifactStore, home: Path, spec: CustomizationSpec, adapter: ArtifactRef, base: ArtifactRef
+    store: ArtifactStore,
+    home: Path,
+    spec: CustomizationSpec,
+    adapter: ArtifactRef,
+    base: ArtifactRef,
+    paid: dict[str, dict[str, float]] | None = None,
 ):
     return build_report(
         spec,
@@ -189,6 +196,7 @@ def report(
         dataset=dataset_of(store),
         base_model=base,
         champion=None,
+        paid=paid,
     )
 
 
@@ -263,9 +271,12 @@ def test_a_budget_is_looked_at_before_the_first_request(
     base = base_of(provider, store, max_requests=20)
     adapter = publish_hosted(open_inputs(spec, store, base, dataset_of(store)), store, evergreen_home).ref
     before = provider.chats
+    paid: dict[str, dict[str, float]] = {}
     with pytest.raises(BudgetExceeded, match="10 requests are needed, of max_requests 20 are 0 left"):
-        report(store, evergreen_home, spec, adapter, base)
+        report(store, evergreen_home, spec, adapter, base, paid)
     assert provider.chats - before == 20
+    [spent] = paid.values()
+    assert spent["requests"] == 20 and spent["money"] > 0, "it counts although the report failed"
     before = provider.chats
     assert report(store, evergreen_home, spec, adapter, base).record["hosted"], "what was paid for is kept"
     assert provider.chats - before == 10

@@ -88,6 +88,20 @@ def test_peft_finds_exactly_these_targets(architecture: str, role: str, tmp_path
         assert found == {name for name in adapted("all-linear") if "mlp" not in name}
 
 
+@pytest.mark.parametrize(
+    ("architecture", "targets", "attention"),
+    [
+        ("glm4_moe", LLAMA_ATTENTION, LLAMA_ATTENTION),  # its MLP's names are those of experts to peft
+        ("mamba", ["dt_proj", "in_proj", "x_proj"], []),  # peft refuses its out_proj
+    ],
+)
+def test_what_peft_would_not_adapt_by_its_name_is_no_target(
+    architecture: str, targets: list[str], attention: list[str], tmp_path: Path
+):
+    model, _ = conversion.load(tiny_model(architecture, tmp_path))
+    assert probe.lora_targets(model) == {"all-linear": targets, "attention": attention}
+
+
 def test_conversion_is_deterministic_and_says_nothing_of_its_place(tmp_path: Path):
     files = []
     for name in ("one", "another"):

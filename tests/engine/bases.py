@@ -12,6 +12,11 @@ from ml_assets.engine.loading import Base, load_base
 TARGETS = {
     "gpt2": ["c_attn", "c_proj", "c_fc"],
     "gpt_neox": ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"],
+    "lfm2": ["in_proj", "out_proj", "q_proj", "w1", "w2"],
+    "bamba": ["in_proj", "q_proj", "v_proj", "up_proj", "down_proj"],
+    "mamba": ["in_proj", "x_proj"],
+    "recurrent_gemma": ["linear_x", "linear_out", "q_proj", "up_proj", "down_proj"],
+    "rwkv": ["key", "value", "output"],
 }
 LLAMA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 

@@ -131,6 +131,41 @@ def test_each_row_has_its_own_limit_and_can_be_cancelled(packs: bool, tmp_path: 
     assert decoder.tokens_with([]) == 0, "all room is given back"
 
 
+@pytest.mark.parametrize("architecture", ["lfm2", "bamba", "mamba", "recurrent_gemma", "rwkv"])
+def test_rows_leave_a_batch_of_recurrent_states(architecture: str, tmp_path: Path) -> None:
+    base = sharp_base(architecture, tmp_path, packs=False)
+    base.chat.stop_ids = frozenset()
+    for seed, name in enumerate("ab"):
+        add_adapter(base, name, seed, architecture)
+    add_adapter(base, "later", 3, architecture).invocation = base.chat.invocation_ids()
+    add_adapter(base, "never", 4, architecture).invocation = [1, 1, 1]
+    names, limits = [None, "a", "b", "later", "never", "a"], [2, 7, 12, 5, 4, 1]
+    asked = [*prompts(base), prompts(base)[0]]
+    decoder = FallbackDecoder(base)
+    rows = [Row(prompt, n, name) for prompt, n, name in zip(asked, limits, names, strict=True)]
+    tokens: dict[Row, list[int]] = {row: [] for row in rows}
+    for row in rows[:4]:
+        decoder.add(row)
+    collect(tokens, decoder.step())
+    for row in rows[4:]:  # a second batch: the two take turns
+        decoder.add(row)
+    while decoder.rows:
+        collect(tokens, decoder.step())
+        if len(tokens[rows[2]]) == 3:
+            decoder.cancel(rows[2])
+    assert [len(found) for found in tokens.values()] == [2, 7, 3, 5, 4, 1]
+    for row, found in tokens.items():
+        ids = list(row.prompt)
+        start = base.active_from(row.adapter, row.prompt)
+        name = row.adapter if start < len(row.prompt) else None
+        for token in found:
+            route = base.lora.for_rows([name], [len(ids)], [start])
+            with torch.no_grad(), base.lora.routed(route):
+                logits = base.model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1]
+            assert token == int(logits.argmax())
+            ids.append(token)
+
+
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> tuple[Base, list[list[int]], dict[Any, list[int]]]:
     """A base with adapters of every kind, prompts, and the answer of each adapter to each prompt alone."""

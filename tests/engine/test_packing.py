@@ -6,9 +6,12 @@ import pytest
 import torch
 from bases import LLAMA_TARGETS, tiny_base
 
-from ml_assets.engine import packing
+from ml_assets.base_models.probe import lora_targets
+from ml_assets.engine import packing, training
 from ml_assets.engine.generation import generate
-from ml_assets.engine.training import Example, lora_for_training, step_loss
+from ml_assets.engine.lora import new_adapter
+from ml_assets.engine.scoring import mean_logprobs
+from ml_assets.engine.training import Example, lora_for_training, save_adapter, step_loss
 from ml_assets.spec import AdapterRecipe
 
 RECIPE = AdapterRecipe(rank=4, alpha=8, dropout=0.0, epochs=1, batch_tokens=256, learning_rate=1e-3)
@@ -71,3 +74,52 @@ def test_scores_that_are_too_many_to_keep_give_the_same_gradient(
     monkeypatch.setattr(packing, "MOST_SCORES", 0)
     for name, value in gradient().items():
         torch.testing.assert_close(value, kept[name], rtol=1e-4, atol=1e-6)
+
+
+def test_one_long_sequence_has_no_mask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = tiny_base("llama", tmp_path)
+    pairs = [(ids(3, 40), ids(5, 20))]
+    kept = mean_logprobs(base, pairs)
+    monkeypatch.setattr(packing, "MOST_SCORES", 0)
+    monkeypatch.setattr(
+        packing._Group, "mask", lambda *_: pytest.fail("as large as the square of its length")
+    )
+    assert mean_logprobs(base, pairs) == pytest.approx(kept, abs=1e-5)
+
+
+@pytest.mark.parametrize("architecture", ["glm4_moe", "mamba"])
+def test_an_adapter_is_the_same_to_peft(architecture: str, tmp_path: Path) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    base = tiny_base(architecture, tmp_path)
+    with torch.no_grad():
+        for parameter in base.model.parameters():
+            parameter.mul_(2)
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    plain.load_state_dict(base.model.state_dict())
+    targets = lora_targets(plain)["all-linear"]
+    adapter = new_adapter(base.model, targets, rank=4, alpha=8, dropout=0.0, dtype=torch.float32)
+    for pair in adapter.weights.values():
+        pair[1].normal_(std=0.5)
+    save_adapter(base, adapter, targets, tmp_path / "adapter")
+    base.lora.add("own", adapter)
+    tokens = torch.tensor([ids(3, 20)])
+    with torch.no_grad():
+        bare = base.model(tokens).logits
+        with base.active("own"):
+            own = base.model(tokens).logits
+        theirs = PeftModel.from_pretrained(plain, tmp_path / "adapter").eval()(tokens).logits
+    assert float((own - bare).norm()) > 0.05 * float(bare.norm())
+    torch.testing.assert_close(own, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_one_thread_does_not_end_anothers_checkpointing(tmp_path: Path) -> None:
+    base = tiny_base("llama", tmp_path)
+    layer = base.model.model.layers[0]
+    one, other = training._checkpointed(base, True), training._checkpointed(base, True)
+    with one:
+        with other:
+            assert layer.gradient_checkpointing
+        assert layer.gradient_checkpointing
+    assert not layer.gradient_checkpointing

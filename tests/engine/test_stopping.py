@@ -1,5 +1,6 @@
 """Trainings that stop on rows of their own, and those with a teacher."""
 
+import math
 from pathlib import Path
 
 import pytest
@@ -98,6 +99,20 @@ def test_resume_at_every_step_gives_the_same_bytes(tmp_path: Path, dtype: torch.
         assert sha256_file(out / "adapter_model.safetensors") == sha256_file(
             tmp_path / "whole/adapter_model.safetensors"
         )
+
+
+def test_a_teacher_with_more_tokens_than_the_student(tmp_path: Path) -> None:
+    """Bases of one tokenizer differ in how far their vocabulary is padded."""
+    base = tiny_base("llama", tmp_path / "student", torch.float32)
+    teacher = tiny_base("llama", tmp_path / "teacher", torch.float32, seed=1)
+    teacher.model.resize_token_embeddings(base.vocabulary + 300, mean_resizing=False)
+    rows = examples(base, 3)
+    pairs = [(row.prompt, row.target) for row in rows]
+    found = top_tokens(teacher, pairs, 8, vocabulary=base.vocabulary)
+    assert all(token < base.vocabulary for tokens, _ in found for row in tokens for token in row)
+    taught = [Example(r.prompt, r.target, r.row, Soft(*f, 0.5)) for r, f in zip(rows, found, strict=True)]
+    with with_lora(base):
+        assert math.isfinite(step_loss(base, taught))
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "gemma"])

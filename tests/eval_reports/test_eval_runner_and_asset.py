@@ -368,6 +368,7 @@ def test_must_pass_rows_are_judged_apart(inputs: Inputs) -> None:
         ("{broken", "line 1: expected a JSON object"),
         ('{"text": "a", "label": "b"}\n[1]', "line 2: expected a JSON object, got list"),
         ('{"text": "a"}', "line 1: column 'label' is missing"),
+        ('{"text": "\\ud800", "label": "b"}', "line 1: expected text, found half of a surrogate pair"),
         ("\n", "at least one must-pass row"),
         (None, "expected a readable JSONL file"),
     ],

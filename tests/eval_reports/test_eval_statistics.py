@@ -190,6 +190,44 @@ def test_design_effect() -> None:
     copies = np.repeat(independent, 5)
     assert design_effect(copies, [str(i // 5) for i in range(1000)]) == pytest.approx(5, rel=0.02)
     assert design_effect(np.zeros(20), [str(i // 4) for i in range(20)]) == 4.0
+    one = np.zeros(400)
+    one[0] = -1
+    assert design_effect(one, [str(i // 10) for i in range(400)]) > 9, "one flip shows nothing"
+
+
+def test_rare_flips_of_clustered_rows_promote_falsely_at_most_as_often() -> None:
+    """One of 25 clusters is lost, and in one of 25 half of the rows are won."""
+    generator = np.random.default_rng(4)
+    groups, size, margin, draws = 40, 10, 0.02, 2000
+    names = [str(c) for c in np.repeat(np.arange(groups), size)]
+    wider = stats.t.isf(ALPHA, groups - 1) / stats.norm.isf(ALPHA)
+    false = 0
+    for _ in range(draws):
+        kind = generator.random(groups)
+        lost = np.repeat(kind < 0.04, size)
+        won = np.repeat(kind > 0.96, size) & (generator.random(groups * size) < 0.5)
+        delta = won.astype(float) - lost  # expected: 0.04 * 0.5 - 0.04 = -margin
+        effect = design_effect(delta, names)
+        n = len(delta) / effect
+        critical = critical_value(max(1, math.floor(n)), -margin, ALPHA) * wider
+        false += float(tango(np.sum(won) / effect, np.sum(lost) / effect, n, -margin)) >= critical
+    assert false / draws <= 0.055
+
+
+def test_a_loss_does_not_help_where_rows_are_clustered() -> None:
+    names = [str(i // 10) for i in range(600)]
+    wider = stats.t.isf(ALPHA, 59) / stats.norm.isf(ALPHA)
+
+    def lower(losses: int) -> float:
+        delta = np.zeros(600)
+        delta[[10 * i for i in range(losses)]] = -1
+        effect = design_effect(delta, names)
+        n = 600 / effect
+        critical = critical_value(math.floor(n), -0.05, ALPHA) * wider
+        return tango_bounds(0, losses / effect, n, critical)[0]
+
+    assert max(lower(losses) for losses in (1, 2, 3)) < lower(0) + 0.002, "the critical value wavers"
+    assert lower(0) > lower(10) > lower(20)
 
 
 def test_mean_bounds_do_not_collapse_and_are_exact_for_right_and_wrong() -> None:
