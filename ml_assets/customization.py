@@ -8,8 +8,10 @@ from typing import Any, TypeVar
 
 import dagster as dg
 import yaml
+from dagster._core.definitions.definitions_load_context import DefinitionsLoadContext, DefinitionsLoadType
 from dagster._core.definitions.unresolved_asset_job_definition import UnresolvedAssetJobDefinition
 from dagster._utils.schedules import is_valid_cron_string
+from dagster._vendored.croniter import CroniterBadDateError, croniter
 from pydantic import BaseModel, GetJsonSchemaHandler, RootModel
 
 from ml_assets.adapters.asset import build_adapter_asset
@@ -147,11 +149,14 @@ attributes:
 
 
 class CustomizationScaffolder(dg.Scaffolder):
-    """Writes the smallest working defs.yaml, with the first base family that the project declares."""
+    """Writes the smallest working defs.yaml, with the first base family that the defs folder declares."""
 
     def scaffold(self, request: dg.ScaffoldRequest) -> None:
         name = re.sub(r"\W+", "_", request.target_path.name.lower()).lstrip("_0123456789") or "my_model"
-        families = _declared_families(request.project_root or request.target_path.parent)
+        target = request.target_path
+        # a project may hold examples with families of their own
+        defs = next((folder for folder in target.parents if folder.name == "defs"), target.parent)
+        families = _declared_families(defs)
         _write(
             request,
             CUSTOMIZATION_YAML.format(
@@ -177,11 +182,11 @@ def _write(request: dg.ScaffoldRequest, text: str) -> None:
         (request.target_path / "defs.yaml").write_text(text)
 
 
-def _declared_families(project: Path) -> list[str]:
+def _declared_families(folder: Path) -> list[str]:
     documents = [
         document
-        for file in sorted(project.rglob("defs.yaml"))
-        if not any(part.startswith(".") for part in file.relative_to(project).parts)
+        for file in sorted(folder.rglob("defs.yaml"))
+        if not any(part.startswith(".") for part in file.relative_to(folder).parts)
         for document in yaml.safe_load_all(file.read_text())
     ]
     return [
@@ -322,7 +327,7 @@ class Customization(dg.Component):
         ]
 
     def _reference_mistakes(self, root: Path) -> list[Mistake]:
-        """Functions, columns and files that the YAML names and that are not there."""
+        """Functions, columns, files and times that the YAML names and that are not there."""
         spec = self.spec
         mistakes: list[Mistake] = []
         if isinstance(spec.source, PythonSource):
@@ -333,13 +338,26 @@ class Customization(dg.Component):
             if isinstance(metric, PythonMetric):
                 steps = ("evaluation", "metrics", index, "callable")
                 mistakes += callable_mistakes(metric.callable, steps, positional=3)
-        if (available := source_columns(spec.source, root)) is not None:
-            mistakes += columns_mistakes(_named_columns(spec), available)
-        mistakes += [
-            Mistake(("schedules", index, "cron"), f"expected a cron expression, found {block.cron!r}")
-            for index, block in enumerate(spec.schedules)
-            if not is_valid_cron_string(block.cron)
-        ]
+        for index, block in enumerate(spec.schedules):
+            if wrong := _cron_mistake(block.cron):
+                mistakes.append(Mistake(("schedules", index, "cron"), wrong))
+        # A run loads the files of all customizations again, whose data may be other data by now: that is told
+        # by the dataset or the report which reads it.
+        if not _in_a_run():
+            mistakes += self._data_mistakes(root)
+        return mistakes
+
+    def _data_mistakes(self, root: Path) -> list[Mistake]:
+        """Columns that the YAML names and that files of data lack."""
+        spec = self.spec
+        mistakes: list[Mistake] = []
+        if look := source_columns(spec.source, root):
+            available, complete = look
+            named = _named_columns(spec)
+            if not complete:  # a later row may have a column, but all must have those of the prompt
+                every = named if not spec.dataset.max_bad_share else {}
+                named = {steps: columns for steps, columns in every.items() if steps[0] == "prompt"}
+            mistakes += columns_mistakes(named, available)
         if spec.evaluation.must_pass:
             mistakes += must_pass_mistakes(
                 root / spec.evaluation.must_pass,
@@ -390,6 +408,21 @@ def _project(context: dg.ComponentLoadContext) -> _Project:
         families = [f.name for c in tree.get_all_components(BaseModels) for f in c.spec.families]
         _newest = tree, _Project(customizations, families)
     return _newest[1]
+
+
+def _in_a_run() -> bool:
+    """Whether a run's process loads again what the code location has loaded before."""
+    context = DefinitionsLoadContext
+    return context.is_set() and context.get().load_type is DefinitionsLoadType.RECONSTRUCTION
+
+
+def _cron_mistake(cron: str) -> str | None:
+    if croniter.is_valid(cron):
+        try:
+            croniter(cron).get_next()
+        except CroniterBadDateError:
+            return f"expected a time that comes, found {cron!r}, which never fires"
+    return None if is_valid_cron_string(cron) else f"expected a cron expression, found {cron!r}"
 
 
 def _named_columns(spec: CustomizationSpec) -> Mapping[Steps, list[str]]:

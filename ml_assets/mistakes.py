@@ -18,12 +18,14 @@ from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ValidationError
+from yaml.constructor import SafeConstructor
 
 from ml_assets.spec import PATTERN_WORDS, SHAPES
 
 Steps = tuple[str | int, ...]
 M = TypeVar("M", bound=BaseModel)
 ENV = re.compile(r"\{\{\s*env\.([A-Za-z_]\w*)\s*\}\}")
+OTHER_ENV = re.compile(r"\{\{-?\s*env\b[^}]*\}*")
 
 
 class SpecError(Exception):
@@ -76,13 +78,20 @@ def did_you_mean(found: object, known: Iterable[str]) -> str:
 # -- the file ------------------------------------------------------------------------------------------
 
 FILE_NAMES = {"defs.yaml", "defs.yml"}
-FILE_FIELDS = ("type", "attributes", "requirements", "template_vars_module", "post_processing")
+TYPES = ("ml_assets.BaseModels", "ml_assets.Customization")
+# not `template_vars_module`: the attributes are no Jinja, so that it would do nothing
+FILE_FIELDS = ("type", "attributes", "requirements", "post_processing")
+DEEPEST = 50
+"""Levels of a file that are read: some hundred end the interpreter's stack."""
+ARGUMENTS: Steps = ("attributes", "source", "args")
+"""Below it stands what a user's function gets, with any keys."""
+TEXT, MERGE = "tag:yaml.org,2002:str", "tag:yaml.org,2002:merge"
 
 
 def check_files(folder: Path) -> None:
     """Raises SpecError for what is wrong with the YAML files below `folder` before any block is validated:
-    syntax, fields given twice (YAML silently takes the last), unquoted templates, fields beside
-    `attributes`."""
+    syntax, fields given twice (YAML silently takes the last), unquoted templates, an unknown type, fields
+    beside `attributes`."""
     files = sorted(file for file in folder.rglob("*") if file.name in FILE_NAMES)
     if lines := [
         str(Origin(file, line).error([mistake])) for file in files for line, mistake in _in_file(file)
@@ -105,36 +114,92 @@ def _in_file(file: Path) -> Iterator[tuple[int, Mistake]]:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         yield 1, Mistake((), f"not valid YAML: {error}")
         return
+    nothing = Mistake((), "expected the fields 'type' and 'attributes'")
+    if not documents:
+        yield 1, nothing
     for document in documents:
-        wrong = list(_in_node(document, ()))
+        wrong = list(_in_node(document, (), (), set()))
         yield from wrong
-        if not wrong and isinstance(document, yaml.MappingNode):
-            for key, value in document.value:
-                line = key.start_mark.line + 1
-                if key.value not in FILE_FIELDS:
-                    known = f"expected one of: {', '.join(FILE_FIELDS)}{did_you_mean(key.value, FILE_FIELDS)}"
-                    yield line, Mistake((key.value,), f"unknown field; {known}")
-                elif key.value == "attributes" and not isinstance(value, yaml.MappingNode):
-                    yield line, Mistake(("attributes",), "expected a block of fields")
-        elif not wrong:
-            yield 1, Mistake((), "expected the fields 'type' and 'attributes'")
+        if not wrong:
+            yield from _in_fields(document) if isinstance(document, yaml.MappingNode) else [(1, nothing)]
 
 
-def _in_node(node: yaml.Node, steps: Steps) -> Iterator[tuple[int, Mistake]]:
-    if isinstance(node, yaml.SequenceNode):
-        for index, item in enumerate(node.value):
-            yield from _in_node(item, (*steps, index))
-    elif isinstance(node, yaml.MappingNode):
-        first: dict[str, int] = {}
-        for key, value in node.value:
-            line = key.start_mark.line + 1
-            if not isinstance(key, yaml.ScalarNode):
-                yield line, Mistake(steps, "expected text; quote a value that starts with a brace")
-                return
-            if key.value in first:
-                yield line, Mistake((*steps, key.value), f"given twice; first in line {first[key.value]}")
-            first.setdefault(key.value, line)
-            yield from _in_node(value, (*steps, key.value))
+def _in_fields(document: yaml.MappingNode) -> Iterator[tuple[int, Mistake]]:
+    types = [value for key, value in document.value if key.value == "type"]
+    expected = f"expected one of: {', '.join(TYPES)}"
+    if not types:
+        yield document.start_mark.line + 1, Mistake(("type",), f"required field is missing; {expected}")
+    elif not isinstance(types[0], yaml.ScalarNode) or types[0].value not in TYPES:
+        found = types[0].value if types[0].tag == TEXT else ""
+        if not found or _is_ours_or_nowhere(found):
+            found = f"found {found!r}{did_you_mean(found, TYPES)}" if found else "found none"
+            yield types[0].start_mark.line + 1, Mistake(("type",), f"{expected}; {found}")
+        return  # what may stand in the file of another component, Dagster says
+    for key, value in document.value:
+        line = key.start_mark.line + 1
+        if key.value not in FILE_FIELDS:
+            known = f"expected one of: {', '.join(FILE_FIELDS)}{did_you_mean(key.value, FILE_FIELDS)}"
+            yield line, Mistake((key.value,), f"unknown field; {known}")
+        elif key.value != "type" and not isinstance(value, yaml.MappingNode):
+            yield line, Mistake((key.value,), "expected a block of fields")
+
+
+def _is_ours_or_nowhere(type_name: str) -> bool:
+    """Whether a type must be a misspelt one of this project: components of others may stand beside them."""
+    module = type_name.rpartition(".")[0]
+    if not module or module.split(".")[0] == "ml_assets" or did_you_mean(type_name, TYPES):
+        return True
+    return isinstance(_find_module(module), str)
+
+
+def _in_node(
+    node: yaml.Node, steps: Steps, around: tuple[int, ...], seen: set[int]
+) -> Iterator[tuple[int, Mistake]]:
+    """`around`: the nodes that this one is in. What an alias stands for is looked at once (`seen`)."""
+    line = node.start_mark.line + 1
+    if id(node) in around:
+        yield line, Mistake(steps, "expected an alias of something else, found one of what it is in")
+    elif len(around) == DEEPEST:
+        yield line, Mistake(steps[:4], f"expected at most {DEEPEST} levels of blocks and lists")
+    elif id(node) not in seen:
+        seen.add(id(node))
+        around = (*around, id(node))
+        if wrong := _wrong_value(node):
+            yield line, Mistake(steps, wrong)
+        elif isinstance(node, yaml.SequenceNode):
+            for index, item in enumerate(node.value):
+                yield from _in_node(item, (*steps, index), around, seen)
+        elif isinstance(node, yaml.MappingNode):
+            yield from _in_mapping(node, steps, around, seen)
+
+
+def _in_mapping(
+    node: yaml.MappingNode, steps: Steps, around: tuple[int, ...], seen: set[int]
+) -> Iterator[tuple[int, Mistake]]:
+    first: dict[str, int] = {}
+    for key, value in node.value:
+        line = key.start_mark.line + 1
+        if not isinstance(key, yaml.ScalarNode):
+            yield line, Mistake(steps, "expected text; quote a value that starts with a brace")
+            return
+        if key.tag not in (TEXT, MERGE) and not (len(steps) > 3 and steps[:3] == ARGUMENTS):
+            yield line, Mistake(steps, f"expected text as the name of a field, found {key.value}; quote it")
+        if key.value in first:
+            yield line, Mistake((*steps, key.value), f"given twice; first in line {first[key.value]}")
+        first.setdefault(key.value, line)
+        yield from _in_node(value, (*steps, key.value), around, seen)
+
+
+def _wrong_value(node: yaml.Node) -> str | None:
+    """Why Dagster could not read a value: YAML's own types only, and such that Python can hold."""
+    if node.tag not in yaml.SafeLoader.yaml_constructors:
+        return f"unknown tag {node.tag.replace('tag:yaml.org,2002:', '!!')}; quote what is text"
+    if isinstance(node, yaml.ScalarNode) and node.tag != TEXT:
+        try:
+            SafeConstructor().construct_object(node)
+        except (ValueError, yaml.YAMLError) as error:
+            return f"not a value that can be read: {error}"
+    return None
 
 
 # -- the model -----------------------------------------------------------------------------------------
@@ -163,6 +228,9 @@ def _resolve(value: Any, steps: Steps, mistakes: list[Mistake]) -> Any:
                     mistakes.append(Mistake(steps, f"environment variable {name} is not set"))
                 return os.environ.get(name, "")
 
+            # in a prompt doubled braces are braces
+            if steps[:1] != ("prompt",) and (other := OTHER_ENV.search(ENV.sub("", value))):
+                mistakes.append(Mistake(steps, f"expected '{{{{ env.NAME }}}}', found {other.group()!r}"))
             return ENV.sub(variable, value)
         case dict():
             return {key: _resolve(item, (*steps, key), mistakes) for key, item in value.items()}
@@ -247,6 +315,8 @@ def _words(item: Any, steps: Steps, around: list[type[BaseModel]], here: list[ty
             kinds = ", ".join(kind for block in here for kind in _kinds(block))
             with_kind = f" with a kind ({kinds})" if kinds else ""
             return f"expected a block of fields{with_kind}, found {_short(found)}"
+        case "string_too_long":
+            return f"expected at most {context['max_length']} characters, found {_short(found)}"
         case "too_short":
             return f"expected at least {context['min_length']} item, found {_short(found)}"
     return (

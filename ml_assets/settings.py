@@ -22,10 +22,13 @@
 | `EVERGREEN_ENGINE` | `in_process` | what answers for endpoints that name no engine: `in_process` or `vllm` |
 | `EVERGREEN_VLLM_URLS` | | vLLM servers, separated by commas: each replica's own URL |
 | `EVERGREEN_VLLM_API_KEY` | | the key that they were started with, if any |
+| `EVERGREEN_THREADS` | all cores | most threads that a process computes with |
+| `EVERGREEN_DTYPE` | the faster one | number format of all computing: `bfloat16` or `float32` |
 """
 
 import math
 import os
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, get_args
@@ -35,7 +38,8 @@ EngineName = Literal["in_process", "vllm"]
 
 @dataclass(frozen=True)
 class Settings:
-    """Locations and ports of one deployment. Paths are absolute."""
+    """Locations and ports of one deployment. Paths are absolute, also in URLs: its programs may have other
+    working directories."""
 
     home: Path
     host: str
@@ -60,20 +64,22 @@ class Settings:
 
     @classmethod
     def from_env(cls) -> "Settings":
-        """Read the environment. Raises ValueError that names the variable and what was expected: a port from
-        1 to 65535, a limit from 1, an engine that exists (vllm only with URLs), URLs that are http or
-        https."""
-        home = Path(os.environ.get("EVERGREEN_HOME", ".evergreen")).expanduser().resolve()
+        """Read the environment; an empty variable is like one that is not set.
+
+        Raises ValueError that names the variable and what was expected: a port from 1 to 65535, a limit from
+        1, an engine that exists (vllm only with URLs), URLs that are http or https.
+        """
+        home = Path(_text("EVERGREEN_HOME", ".evergreen")).expanduser().resolve()
         return cls(
             home=home,
-            host=os.environ.get("EVERGREEN_HOST", "127.0.0.1"),
+            host=_text("EVERGREEN_HOST", "127.0.0.1"),
             dagster_port=_port("EVERGREEN_DAGSTER_PORT", 3000),
             mlflow_port=_port("EVERGREEN_MLFLOW_PORT", 5000),
             gateway_port=_port("EVERGREEN_GATEWAY_PORT", 8000),
-            artifacts_url=os.environ.get("EVERGREEN_ARTIFACTS_URL", str(home / "artifacts")),
-            ledger_url=os.environ.get("EVERGREEN_LEDGER_URL", f"sqlite:///{home / 'ledger.db'}"),
-            traffic_url=os.environ.get("EVERGREEN_TRAFFIC_URL", f"sqlite:///{home / 'traffic.db'}"),
-            mlflow_uri=os.environ.get("EVERGREEN_MLFLOW_URI", f"sqlite:///{home / 'mlflow' / 'mlflow.db'}"),
+            artifacts_url=_location("EVERGREEN_ARTIFACTS_URL", str(home / "artifacts")),
+            ledger_url=_location("EVERGREEN_LEDGER_URL", f"sqlite:///{home / 'ledger.db'}"),
+            traffic_url=_location("EVERGREEN_TRAFFIC_URL", f"sqlite:///{home / 'traffic.db'}"),
+            mlflow_uri=_location("EVERGREEN_MLFLOW_URI", f"sqlite:///{home / 'mlflow' / 'mlflow.db'}"),
             device_second_price=_number("EVERGREEN_DEVICE_SECOND_PRICE") or 0.0,
             fleet_device_seconds=_number("EVERGREEN_FLEET_DEVICE_SECONDS"),
             fleet_money=_number("EVERGREEN_FLEET_MONEY"),
@@ -140,9 +146,23 @@ class Settings:
         return f"http://[{self.host}]:{port}" if ":" in self.host else f"http://{self.host}:{port}"
 
 
+def _text(variable: str, default: str) -> str:
+    return os.environ.get(variable) or default
+
+
+def _location(variable: str, default: str) -> str:
+    """A path or URL; that of a relative file is made absolute."""
+    url = re.sub(r"^file://(?=[^/])", "", _text(variable, default))
+    if sqlite := re.fullmatch(r"(sqlite(?:\+\w+)?:///)([^/:?][^?]*)(\?.*)?", url):
+        start, path, parameters = sqlite.groups("")
+        return url if path.startswith("file:") else f"{start}{Path(path).resolve()}{parameters}"
+    # a scheme, or the first of a chain of file systems
+    return url if re.match(r"[A-Za-z][A-Za-z0-9+.-]*:", url) else str(Path(url).expanduser().resolve())
+
+
 def _limit(variable: str, default: int) -> int:
-    text = os.environ.get(variable, str(default))
-    if not text.isdigit() or int(text) < 1:
+    text = _text(variable, str(default))
+    if not re.fullmatch(r"[0-9]{1,9}", text) or int(text) < 1:
         raise ValueError(f"{variable}={text!r}: expected a whole number from 1")
     return int(text)
 
@@ -161,14 +181,14 @@ def _number(variable: str) -> float | None:
 
 
 def _port(variable: str, default: int) -> int:
-    text = os.environ.get(variable, str(default))
-    if not text.isdigit() or not 1 <= int(text) <= 65535:
+    text = _text(variable, str(default))
+    if not re.fullmatch(r"[0-9]{1,9}", text) or not 1 <= int(text) <= 65535:
         raise ValueError(f"{variable}={text!r}: expected a port number from 1 to 65535")
     return int(text)
 
 
 def _engine() -> EngineName:
-    text = os.environ.get("EVERGREEN_ENGINE") or "in_process"
+    text = _text("EVERGREEN_ENGINE", "in_process")
     for name in get_args(EngineName):
         if text == name:
             if name == "vllm" and not _vllm_urls():

@@ -49,8 +49,13 @@ PATTERN_WORDS = {
     VARIABLE: "the name of an environment variable: letters, digits and underscores",
     CRON: "a cron expression of five fields such as '0 3 * * 1'",
 }
-# used by other groups of the asset graph and other jobs than a customization's
-RESERVED_NAMES = {"base_model", "base_models", "fleet"}
+# used by other groups of the asset graph and other jobs than a customization's; `admin` is the scope of API
+# keys that may do everything
+RESERVED_NAMES = {"base_model", "base_models", "fleet", "admin"}
+LONGEST_DAYS = 36500
+MINUTES = {"m": 1, "h": 60, "d": 24 * 60}
+# Dagster's own check, whose error names no file
+OWNER = r"team:[\w.-]+|\b[A-Za-z0-9._%+-]+@[A-Za-z0-9.-]+\.[A-Za-z]{2,7}\b"
 
 
 class Block(BaseModel):
@@ -71,9 +76,28 @@ class Block(BaseModel):
         return values
 
 
-def without_password(url: str) -> str:
-    """The URL with `***` for its password: what may be shown and stored."""
-    return re.sub(r"(://[^:/@\s]*):[^@/\s]*@", r"\1:***@", url)
+# a password may hold '/' and '@', but `:8080/` is a port
+_PASSWORD = re.compile(r"(://[^:/@\s]*):(?!\d{1,5}/)\S*@")
+# what web servers take without a password is the secret itself
+_WEB_USER = re.compile(r"(https?://)[^:/@\s]+@")
+_SECRET = re.compile(
+    r"([?&;][^=&;\s]*(?:passw|pwd|token|secret|sig|key|credential|auth|odbc_connect)[^=&;\s]*=)[^&;\s'\"]+",
+    re.IGNORECASE,
+)
+
+
+def without_password(text: str) -> str:
+    """A URL, or a text with URLs, with `***` for passwords and for parameters such as `token` and `sig`: what
+    may be shown and stored."""
+    text = _PASSWORD.sub(r"\1:***@", text)
+    return _SECRET.sub(r"\1***", _WEB_USER.sub(r"\1***@", text))
+
+
+def _not_for_ever(text: str | None) -> str | None:
+    """A duration that can be added to and taken from any date."""
+    if text and (len(text) > 10 or int(text[:-1]) * MINUTES[text[-1]] > LONGEST_DAYS * MINUTES["d"]):
+        raise ValueError(f"expected at most {LONGEST_DAYS}d, found {text[:40]!r}")
+    return text
 
 
 def _wrong(at: str, message: str) -> PydanticCustomError:
@@ -436,13 +460,16 @@ class GateSpec(Block):
     champion (better by more than `min_gain`)."""
 
     margin: float = Field(
-        default=0.02, gt=0, lt=1, description="largest loss of the metric that is acceptable"
+        default=0.02, ge=1e-6, lt=1, description="largest loss of the metric that is acceptable"
     )
     min_gain: float = Field(
         default=0.0, ge=0, lt=1, description="how much better than the bare base the first adapter must be"
     )
     alpha: float = Field(
-        default=0.05, gt=0, lt=0.5, description="largest chance of promoting a candidate worse by the margin"
+        default=0.05,
+        ge=1e-6,
+        lt=0.5,
+        description="largest chance of promoting a candidate worse by the margin",
     )
     power: float = Field(
         default=0.8, gt=0.5, lt=1, description="chance of promoting an equal one, for the rows it asks for"
@@ -555,11 +582,15 @@ class FreshnessSpec(Block):
     dataset: str | None = Field(default=None, pattern=DURATION, description="how old the snapshot may get")
     endpoint: str | None = Field(default=None, pattern=DURATION, description="how old the release may get")
 
+    _bounded = field_validator("source", "dataset", "endpoint")(_not_for_ever)
+
 
 class TrafficSpec(Block):
     """What is kept of the requests to the endpoint. Text is stored after `dataset.redact`."""
 
     retention: str = Field(default="90d", pattern=DURATION, description="older requests are deleted")
+
+    _bounded = field_validator("retention")(_not_for_ever)
 
 
 class FeedbackSpec(Block):
@@ -596,6 +627,8 @@ class DriftSpec(Block):
         default="base",
         description="of the inputs: the base model's own early layer, MiniLM (from a wheel), or hashed words",
     )
+
+    _bounded = field_validator("one_false_alarm_in")(_not_for_ever)
 
 
 class MaintenanceSpec(Block):
@@ -647,6 +680,8 @@ class MaintenanceSpec(Block):
         default=None, ge=1, description="for what an action gains; default: measured from the traffic"
     )
 
+    _bounded = field_validator("cooldown")(_not_for_ever)
+
     @model_validator(mode="after")
     def _looks(self) -> "MaintenanceSpec":
         if self.failed_looks > self.of_looks:
@@ -697,6 +732,8 @@ class MigrationSpec(Block):
         description="how long what served on an earlier revision can be served again",
     )
 
+    _bounded = field_validator("retention")(_not_for_ever)
+
     @field_validator("rungs")
     @classmethod
     def _distinct(cls, rungs: list[RungName]) -> list[RungName]:
@@ -731,7 +768,9 @@ class EndpointSpec(Block):
 class CustomizationSpec(Block):
     """Attributes of `ml_assets.Customization`: one adaptation of language models to one job."""
 
-    name: str = Field(pattern=NAME, description="the model name at the endpoint")
+    name: str = Field(
+        pattern=NAME, max_length=63, description="the model name at the endpoint, at most 63 characters"
+    )
     description: str = Field(default="", description="Markdown, shown in the UI")
     owners: list[str] = Field(default_factory=list, description="`team:name` or an e-mail address")
     source: Source = Field(description="where its rows come from")
@@ -779,7 +818,7 @@ class CustomizationSpec(Block):
     @classmethod
     def _owners(cls, owners: list[str]) -> list[str]:
         for index, owner in enumerate(owners):
-            if not re.fullmatch(r"team:[\w.-]+|[^@\s]+@[^@\s]+\.[^@\s]+", owner):
+            if not re.fullmatch(OWNER, owner):
                 raise _wrong(str(index), f"expected 'team:<name>' or an e-mail address, found {owner!r}")
         return owners
 

@@ -12,7 +12,7 @@ import dagster as dg
 import pytest
 from customizations import COLOURS_YAML, Project, base_models_yaml, colour_rows
 
-from ml_assets.customization import Customization
+from ml_assets.customization import Customization, CustomizationScaffolder
 from ml_assets.mistakes import SpecError
 
 REPOSITORY = Path(__file__).parent.parent
@@ -139,6 +139,30 @@ MISTAKES = {
         6,
         "owners.1: expected 'team:<name>' or an e-mail address, found 'anna'",
     ),
+    "an owner whose address Dagster does not take": (
+        "owners: [team:shop]",
+        "owners: [team:shop, anna.müller@firma.de]",
+        4,
+        "owners.1: expected 'team:<name>' or an e-mail address, found 'anna.müller@firma.de'",
+    ),
+    "an owner with half an address": (
+        "owners: [team:shop]",
+        "owners: [a@b.c]",
+        4,
+        "owners.0: expected 'team:<name>' or an e-mail address, found 'a@b.c'",
+    ),
+    "long name": (
+        "name: colours",
+        f"name: {'a' * 64}",
+        3,
+        f"name: expected at most 63 characters, found '{'a' * 56}...",
+    ),
+    "the name of a scope": (
+        "name: colours",
+        "name: admin",
+        3,
+        "name: expected another name: 'admin' is used by the project itself",
+    ),
     "brace that does not close": (
         "{text}",
         "{text",
@@ -191,6 +215,18 @@ MISTAKES = {
         "can't be shown to stay within margin 0.02 at alpha 0.05; expected max_rows of at least 133, or a "
         "wider margin",
     ),
+    "margin that no number of rows shows": (
+        "    task: classification",
+        "    task: classification\n    max_rows: null\n    gate: {margin: 5.0e-324}",
+        15,
+        "evaluation.gate.margin: expected greater than or equal to 0.000001, found 5e-324",
+    ),
+    "alpha that is no chance": (
+        "    task: classification",
+        "    task: classification\n    gate: {alpha: 1.0e-320}",
+        14,
+        "evaluation.gate.alpha: expected greater than or equal to 0.000001, found 1e-320",
+    ),
     "value that rewards wrong answers": (
         "    task: classification",
         "    task: classification\n    value:\n      wrong: 2",
@@ -236,6 +272,48 @@ MISTAKES = {
         "  freshness: {dataset: daily}\n  evaluation:",
         12,
         "freshness.dataset: expected a duration such as '90m', '36h' or '7d', found 'daily'",
+    ),
+    "duration for ever": (
+        "  evaluation:",
+        "  freshness: {source: 99999999999d}\n  evaluation:",
+        12,
+        "freshness.source: expected at most 36500d, found '99999999999d'",
+    ),
+    "days for ever": (
+        "  evaluation:",
+        "  drift: {one_false_alarm_in: 36501d}\n  evaluation:",
+        12,
+        "drift.one_false_alarm_in: expected at most 36500d, found '36501d'",
+    ),
+    "cooldown for ever": (
+        "  evaluation:",
+        "  maintenance: {cooldown: 876001h}\n  evaluation:",
+        12,
+        "maintenance.cooldown: expected at most 36500d, found '876001h'",
+    ),
+    "a time that never comes": (
+        "  evaluation:",
+        "  schedules:\n    - {cron: 0 0 31 4 *, run: main}\n  evaluation:",
+        13,
+        "schedules.0.cron: expected a time that comes, found '0 0 31 4 *', which never fires",
+    ),
+    "a day that February lacks": (
+        "  evaluation:",
+        "  schedules:\n    - {cron: 0 0 30 2 *, run: main}\n  evaluation:",
+        13,
+        "schedules.0.cron: expected a time that comes, found '0 0 30 2 *', which never fires",
+    ),
+    "no cron expression": (
+        "  evaluation:",
+        "  schedules:\n    - {cron: 0 25 * * *, run: main}\n  evaluation:",
+        13,
+        "schedules.0.cron: expected a cron expression, found '0 25 * * *'",
+    ),
+    "a variable in Dagster's way": (
+        "path: rows.jsonl",
+        """path: "{{ env('HOME') }}/rows.jsonl\"""",
+        7,
+        "source.path: expected '{{ env.NAME }}', found \"{{ env('HOME') }}\"",
     ),
     "unset variable": (
         "path: rows.jsonl",
@@ -285,8 +363,8 @@ FILES = {
         "attributes:",
         "atributes:",
         2,
-        "atributes: unknown field; expected one of: type, attributes, requirements, template_vars_module, "
-        "post_processing (did you mean 'attributes'?)",
+        "atributes: unknown field; expected one of: type, attributes, requirements, post_processing "
+        "(did you mean 'attributes'?)",
     ),
     "attributes that are no block": (
         COLOURS_YAML.partition("\n")[2],
@@ -295,6 +373,91 @@ FILES = {
         "attributes: expected a block of fields",
     ),
     "no fields at all": (COLOURS_YAML, "colours\n", 1, "expected the fields 'type' and 'attributes'"),
+    "an empty file": (COLOURS_YAML, "", 1, "expected the fields 'type' and 'attributes'"),
+    "only a comment": (COLOURS_YAML, "# later\n", 1, "expected the fields 'type' and 'attributes'"),
+    "an alias of what it is in": (
+        "[team:shop]",
+        "&owners [*owners]",
+        4,
+        "attributes.owners.0: expected an alias of something else, found one of what it is in",
+    ),
+    "a nest": (
+        "rows.jsonl",
+        "[" * 400 + "]" * 400,
+        7,
+        "attributes.source.path.0: expected at most 50 levels of blocks and lists",
+    ),
+    "a number that Python does not hold": (
+        "  evaluation:",
+        f"  adapter: {{steps: {'9' * 5000}}}\n  evaluation:",
+        12,
+        "attributes.adapter.steps: not a value that can be read: Exceeds the limit",
+    ),
+    "a date that is none": (
+        "name: colours",
+        "name: 2024-13-41",
+        3,
+        "attributes.name: not a value that can be read: month must be in 1..12",
+    ),
+    "a tag of another program": (
+        "[team:shop]",
+        "!foo [a]",
+        4,
+        "attributes.owners: unknown tag !foo; quote what is text",
+    ),
+    "a tag that runs code": (
+        "[team:shop]",
+        "!!python/object/apply:os.system ['true']",
+        4,
+        "attributes.owners: unknown tag !!python/object/apply:os.system; quote what is text",
+    ),
+    **{
+        f"{key} as a key": (
+            "  evaluation:",
+            f"  {key}: 1\n  evaluation:",
+            12,
+            f"attributes: expected text as the name of a field, found {key}; quote it",
+        )
+        for key in ("1", "yes", "~")
+    },
+    "no type": (
+        "type: ml_assets.Customization\n",
+        "",
+        1,
+        "type: required field is missing; expected one of: ml_assets.BaseModels, ml_assets.Customization",
+    ),
+    "a type without a name": (
+        "type: ml_assets.Customization",
+        "type:",
+        1,
+        "type: expected one of: ml_assets.BaseModels, ml_assets.Customization; found none",
+    ),
+    "a misspelt type": (
+        "ml_assets.Customization",
+        "ml_assets.Customisation",
+        1,
+        "type: expected one of: ml_assets.BaseModels, ml_assets.Customization; found "
+        "'ml_assets.Customisation' (did you mean 'ml_assets.Customization'?)",
+    ),
+    "a type from nowhere": (
+        "ml_assets.Customization",
+        "nowhere.Colours",
+        1,
+        "type: expected one of: ml_assets.BaseModels, ml_assets.Customization; found 'nowhere.Colours'",
+    ),
+    "variables that nothing would fill in": (
+        "type: ml_assets.Customization",
+        "type: ml_assets.Customization\ntemplate_vars_module: .variables",
+        2,
+        "template_vars_module: unknown field; expected one of: type, attributes, requirements, "
+        "post_processing",
+    ),
+    "requirements that are no block": (
+        "type: ml_assets.Customization",
+        "type: ml_assets.Customization\nrequirements: none",
+        2,
+        "requirements: expected a block of fields",
+    ),
 }
 
 
@@ -306,6 +469,70 @@ def test_a_mistake_of_the_file_itself(project: Project, mistake: str) -> None:
         project.definitions()
     assert str(error.value).startswith(f"{file}:{line}: {message}")
     assert len(str(error.value).splitlines()) == 1
+
+
+def test_other_components_may_stand_beside_them(project: Project) -> None:
+    folder = project.write(
+        "more/deeper", COLOURS_YAML.replace("colours", "other"), colour_rows(30)
+    ).parent.parent
+    (folder / "defs.yaml").write_text("type: dagster.DefsFolderComponent\nattributes: {1: 2}\n")
+    with pytest.raises(SpecError, match="expected text as the name of a field, found 1"):
+        project.definitions()
+    (folder / "defs.yaml").write_text("type: dagster.DefsFolderComponent\npost_processing: {assets: []}\n")
+    dg.Definitions.validate_loadable(project.definitions())
+
+
+def test_a_function_gets_any_keys_and_values_of_yaml(project: Project) -> None:
+    (project.root / project.package / "functions.py").write_text("def rows(table): ...\n")
+    reference, table = f"{project.package}.functions:rows", "{1: a, yes: [2024-01-01, !!set {b}], ~: c}"
+    text = PYTHON_SOURCE.replace("{callable}", reference).replace("{args}", f"{{table: {table}}}")
+    project.write("colours", text)
+    project.definitions()
+
+
+LATE = {
+    "one file": ({"rows.jsonl": (120, 0), "rows2.jsonl": (0, 5)}, "rows*.jsonl"),
+    "a later row": ({"late.jsonl": (120, 30)}, "late.jsonl"),
+    "a later file": ({"2025.jsonl": (60, 0), "2026.jsonl": (0, 60)}, "20*.jsonl"),
+}
+
+
+@pytest.mark.parametrize("case", LATE)
+def test_a_column_that_comes_later_is_no_mistake(project: Project, case: str) -> None:
+    files, path = LATE[case]
+    text = COLOURS_YAML.replace("rows.jsonl", path) + "    segments: [language]\n"
+    file = project.write("colours", text)
+    for name, (without, with_language) in files.items():
+        rows = colour_rows(without) + [row | {"language": "de"} for row in colour_rows(with_language)]
+        (file.parent / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    project.definitions()
+    # one of the prompt is needed in every row
+    project.write("colours", text.replace("{text}", "{txt}"))
+    with pytest.raises(SpecError, match=r"prompt\.user: column 'txt' is not in the source; it has: text"):
+        project.definitions()
+
+
+def test_a_run_does_not_look_at_the_data_of_others(project: Project) -> None:
+    """A column that is renamed in one file of data must not stop the runs of all customizations."""
+    project.write("other", COLOURS_YAML.replace("colours", "other"), colour_rows(30))
+    project.write("colours", COLOURS_YAML, [{"txt": "renamed", "colour": "red"}])
+    with pytest.raises(SpecError, match="column 'text' is not in the source"):
+        project.definitions()
+    # as a run's process loads it
+    program = f"""
+from dagster._core.definitions.reconstruct import ReconstructableRepository
+repository = ReconstructableRepository.for_module("{project.package}.definitions", "defs")
+print(repository.get_reconstructable_job("other__observe").get_definition().name)
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", program],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(project.root), str(REPOSITORY)])},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert result.stdout.strip() == "other__observe", result.stderr
 
 
 def test_all_mistakes_of_a_file_are_told_at_once(project: Project) -> None:
@@ -496,6 +723,26 @@ def test_variables_are_filled_in_and_prompts_keep_their_braces(
     assert component.spec.source.url == "postgresql://anna:s3cret{{x}}@db/shop"  # type: ignore[union-attr]
     assert "s3cret" not in json.dumps(component.spec.model_dump(mode="json"))
     assert component.origin.file == file
+
+
+# -- scaffolding ---------------------------------------------------------------------------------------
+
+
+def test_a_scaffold_takes_a_family_of_the_defs_folder(project: Project) -> None:
+    examples = project.root / "an_example" / "defs" / "bases"
+    examples.mkdir(parents=True)
+    (examples / "defs.yaml").write_text(base_models_yaml({"of_the_example": Path("/nowhere")}))
+    for target in (project.defs / "greetings", project.defs / "more" / "greetings"):
+        target.mkdir(parents=True)
+        request = dg.ScaffoldRequest(
+            type_name="ml_assets.Customization",
+            target_path=target,
+            scaffold_format="yaml",
+            project_root=project.root,
+            params=None,
+        )
+        CustomizationScaffolder().scaffold(request)
+        assert "base_models: [tiny]" in (target / "defs.yaml").read_text()
 
 
 # -- the dg program ------------------------------------------------------------------------------------

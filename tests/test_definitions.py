@@ -10,6 +10,8 @@ import dagster as dg
 import pytest
 from customizations import COLOURS_YAML, Project, base_models_yaml, colour_rows
 
+from ml_assets.definitions import build_definitions
+
 REPOSITORY = Path(__file__).parent.parent
 SCHEDULES = """\
   schedules:
@@ -223,3 +225,9 @@ def test_the_repository_itself_loads() -> None:
     from ml_assets.definitions import defs
 
     dg.Definitions.validate_loadable(defs())
+
+
+def test_the_repository_itself_loads_where_vllm_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EVERGREEN_ENGINE", "vllm")
+    monkeypatch.setenv("EVERGREEN_VLLM_URLS", "http://127.0.0.1:1")
+    dg.Definitions.validate_loadable(build_definitions(REPOSITORY / "ml_assets"))

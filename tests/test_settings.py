@@ -1,5 +1,7 @@
 """Settings come from the environment, and a wrong one is told by its name."""
 
+from pathlib import Path
+
 import httpx
 import pytest
 
@@ -39,3 +41,64 @@ def test_a_url_is_one_whatever_the_address(monkeypatch: pytest.MonkeyPatch, host
     settings = Settings.from_env()
     urls = [httpx.URL(url) for url in (settings.dagster_url, settings.mlflow_url, settings.gateway_url)]
     assert [(url.host, url.port) for url in urls] == [(host, 3000), (host, 5000), (host, 8000)]
+
+
+@pytest.mark.parametrize(
+    "variable",
+    [
+        *("HOME", "HOST", "DAGSTER_PORT", "MLFLOW_PORT", "GATEWAY_PORT", "ARTIFACTS_URL", "LEDGER_URL"),
+        *("TRAFFIC_URL", "DEVICE_SECOND_PRICE", "FLEET_DEVICE_SECONDS", "FLEET_MONEY", "ALERT_WEBHOOK"),
+        *("SENSOR_SECONDS", "REQUEST_SECONDS", "KV_CACHE_MB", "PREFIX_CACHE_MB", "MLFLOW_URI", "ENGINE"),
+        *("VLLM_URLS", "VLLM_API_KEY"),
+    ],
+)
+def test_empty_is_like_not_set(monkeypatch: pytest.MonkeyPatch, variable: str) -> None:
+    monkeypatch.delenv(f"EVERGREEN_{variable}", raising=False)
+    default = Settings.from_env()
+    monkeypatch.setenv(f"EVERGREEN_{variable}", "")
+    assert Settings.from_env() == default
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "setting"),
+    [
+        ("LEDGER_URL", "sqlite:///ledger.db", "sqlite:///{here}/ledger.db"),
+        ("TRAFFIC_URL", "sqlite+pysqlite:///a/b.db?timeout=5", "sqlite+pysqlite:///{here}/a/b.db?timeout=5"),
+        ("MLFLOW_URI", "sqlite:///./mlflow.db", "sqlite:///{here}/mlflow.db"),
+        ("LEDGER_URL", "sqlite:////data/ledger.db", "sqlite:////data/ledger.db"),
+        ("LEDGER_URL", "postgresql://u:p@h/a", "postgresql://u:p@h/a"),
+        ("MLFLOW_URI", "http://h:5000", "http://h:5000"),
+        ("ARTIFACTS_URL", "store", "{here}/store"),
+        ("ARTIFACTS_URL", "file://store", "{here}/store"),
+        ("ARTIFACTS_URL", "/data/store", "/data/store"),
+        ("ARTIFACTS_URL", "file:///data/store", "file:///data/store"),
+        ("ARTIFACTS_URL", "s3://bucket/store", "s3://bucket/store"),
+    ],
+)
+def test_programs_in_other_folders_find_the_same_files(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, variable: str, value: str, setting: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv(f"EVERGREEN_{variable}", value)
+    assert getattr(Settings.from_env(), variable.lower()) == setting.format(here=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "expected"),
+    [
+        ("GATEWAY_PORT", "²", "a port number from 1 to 65535"),
+        ("DAGSTER_PORT", "0", "a port number from 1 to 65535"),
+        ("MLFLOW_PORT", "65536", "a port number from 1 to 65535"),
+        ("GATEWAY_PORT", "9" * 5000, "a port number from 1 to 65535"),
+        ("SENSOR_SECONDS", "٣", "a whole number from 1"),
+        ("KV_CACHE_MB", "0", "a whole number from 1"),
+        ("FLEET_MONEY", "-1", "a number from 0"),
+        ("DEVICE_SECOND_PRICE", "cheap", "a number from 0"),
+    ],
+)
+def test_a_wrong_number_is_told(
+    monkeypatch: pytest.MonkeyPatch, variable: str, value: str, expected: str
+) -> None:
+    monkeypatch.setenv(f"EVERGREEN_{variable}", value)
+    with pytest.raises(ValueError, match=rf"EVERGREEN_{variable}='.*': expected {expected}"):
+        Settings.from_env()

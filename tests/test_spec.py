@@ -105,6 +105,11 @@ def test_what_is_no_template_is_refused(template: str) -> None:
     [
         ("postgresql://anna:s3cret@db:5432/shop", "postgresql://anna:***@db:5432/shop"),
         ("postgresql+psycopg://anna:a:b%40c@db/shop", "postgresql+psycopg://anna:***@db/shop"),
+        ("postgresql://anna:p/w@x@db/shop", "postgresql://anna:***@db/shop"),
+        ("postgresql://db/shop?user=anna&password=a%20b", "postgresql://db/shop?user=anna&password=***"),
+        ("https://ghp_token@host/rows.csv", "https://***@host/rows.csv"),
+        ("https://host/rows.csv?v=2&sig=ab%2F&x=1", "https://host/rows.csv?v=2&sig=***&x=1"),
+        ("abfs://container@account.example.com/rows", "abfs://container@account.example.com/rows"),
         ("sqlite:////data/shop.db", "sqlite:////data/shop.db"),
         ("s3://bucket/rows/*.jsonl", "s3://bucket/rows/*.jsonl"),
         ("https://host:8080/a@b", "https://host:8080/a@b"),

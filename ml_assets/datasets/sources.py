@@ -26,17 +26,27 @@ from fsspec.implementations.local import LocalFileSystem
 
 from ml_assets.artifacts import canonical_json, sha256_bytes
 from ml_assets.settings import Settings
-from ml_assets.spec import FileSource, HuggingFaceSource, PythonSource, Source, SqlSource
+from ml_assets.spec import (
+    FileSource,
+    HuggingFaceSource,
+    PythonSource,
+    Source,
+    SqlSource,
+    without_password,
+)
 
 LOOKAHEAD = 100
-"""Rows of a JSONL file that tell its columns: a column may be missing in the first one."""
+"""Rows of JSONL, or files with a header, that tell the columns: a column may be missing in the first one."""
 
 UNREADABLE = (OSError, EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile)
 """What a file raises that is not there, cannot be reached, or is cut off or damaged while compressed."""
 
 
 class SourceError(ValueError):
-    """A source that cannot be read; the message names it and what was expected."""
+    """A source that cannot be read; the message names it and what was expected, without passwords."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(without_password(message))
 
 
 @dataclass(frozen=True)
@@ -49,6 +59,9 @@ class BadRow:
 
     def __str__(self) -> str:
         return f"{self.place}: {self.reason}" + (f" in {self.text!r}" if self.text else "")
+
+
+Found = Iterator[tuple[str, Mapping[str, Any] | BadRow]]
 
 
 @dataclass(frozen=True)
@@ -81,7 +94,7 @@ def read_source(source: Source, root: Path, settings: Settings) -> SourceRows:
     """
     match source:
         case FileSource():
-            name, found = source.path, _files(source, root)
+            name, found = describe(source), _files(source, root)
         case SqlSource():
             name, found = f"SQL query on {describe(source)}", _sql(source, root)
         case HuggingFaceSource():
@@ -114,52 +127,59 @@ def source_version(source: Source, root: Path, settings: Settings) -> str:
     return read_source(source, root, settings).version()
 
 
-def source_columns(source: Source, root: Path) -> list[str] | None:
-    """The columns of local files, from a first look; None when that would take a network, a query or a call,
-    or the files are not there or not readable (reading them says why)."""
+def source_columns(source: Source, root: Path) -> tuple[list[str], bool] | None:
+    """The columns of local files, from a first look, and whether that look saw all there are; None when it
+    would take a network, a query or a call, or the files are not there or not readable (reading them says
+    why)."""
     if not isinstance(source, FileSource):
         return None
     try:
         if not isinstance(_filesystem(source, root)[0], LocalFileSystem):
             return None
-        filesystem, paths = _resolve(source, root)
+        looked = list(itertools.islice(_first_look(source, *_resolve(source, root)), LOOKAHEAD + 1))
+        rows = [row for _, row in looked[:LOOKAHEAD] if not isinstance(row, BadRow)]
+        if not rows or len(rows) < min(len(looked), LOOKAHEAD):
+            return None
+        return list(dict.fromkeys(column for row in rows for column in row)), len(looked) <= LOOKAHEAD
+    except (*UNREADABLE, ValueError):
+        return None
+
+
+def _first_look(source: FileSource, filesystem: fsspec.AbstractFileSystem, paths: list[str]) -> Found:
+    """The rows of JSONL, of other files a row each with all columns."""
+    for path in paths:
         if source.kind == "parquet":
             import pyarrow.parquet
 
-            return list(pyarrow.parquet.read_schema(paths[0]).names)
-        read = _csv if source.kind == "csv" else _jsonl
-        with _open(filesystem, paths[0]) as file:
-            first = list(itertools.islice(read(file, "", header_only=True), LOOKAHEAD))
-        if any(isinstance(row, BadRow) for _, row in first) or not first:
-            return None
-        return list(dict.fromkeys(column for _, row in first for column in row))  # type: ignore[union-attr]
-    except (*UNREADABLE, ValueError):
-        return None
+            yield path, dict.fromkeys(pyarrow.parquet.read_schema(path).names)
+        else:
+            read = _csv if source.kind == "csv" else _jsonl
+            with _open(filesystem, path) as file:
+                yield from read(file, "", header_only=True)
 
 
 def describe(source: Source) -> str:
     """Where a source's rows come from, in a line without passwords."""
     match source:
         case FileSource():
-            return source.path
+            return without_password(source.path)
         case SqlSource():
             import sqlalchemy
             from sqlalchemy.exc import ArgumentError
 
             try:
-                return sqlalchemy.make_url(source.url).render_as_string(hide_password=True)
+                url = sqlalchemy.make_url(without_password(source.url))
             except ArgumentError:
                 return "a database"
+            return without_password(url.render_as_string(hide_password=True))
         case HuggingFaceSource():
             return f"{source.id}@{source.revision} ({source.split})"
         case PythonSource():
-            arguments = ", ".join(f"{name}={value!r}" for name, value in source.args.items())
-            return f"{source.callable}({arguments})"
+            # their names only: any value may be a token that `{{ env.NAME }}` stood for
+            return f"{source.callable}({', '.join(source.args)})"
 
 
 # -- files ---------------------------------------------------------------------------------------------
-
-Found = Iterator[tuple[str, Mapping[str, Any] | BadRow]]
 
 
 def _files(source: FileSource, root: Path) -> Found:
@@ -167,7 +187,7 @@ def _files(source: FileSource, root: Path) -> Found:
     try:
         filesystem, paths = _resolve(source, root)
         for path in paths:
-            name = os.path.basename(path)
+            name = without_password(os.path.basename(path))
             if source.kind == "parquet":
                 yield from _parquet(filesystem, path, name)
             else:
@@ -175,12 +195,30 @@ def _files(source: FileSource, root: Path) -> Found:
                 with _open(filesystem, path) as file:
                     yield from read(file, name)
     except UNREADABLE as error:
-        raise SourceError(f"{path}: cannot be read: {error}") from error
+        raise SourceError(f"{path}: cannot be read: {error}") from _hidden(error)
+    except SourceError:
+        raise
+    except ValueError as error:
+        raise SourceError(f"{path}: expected a path or an fsspec URL: {error}") from _hidden(error)
     except Exception as error:
         if not type(error).__module__.startswith("aiohttp"):
             raise
         # a server that answers with an error or breaks off is like one that is not there: try again
-        raise SourceError(f"{path}: cannot be read: {error}") from ConnectionError(str(error))
+        raise SourceError(f"{path}: cannot be read: {error}") from ConnectionError(
+            without_password(str(error))
+        )
+
+
+def _hidden(error: Exception) -> Exception:
+    """The error as a cause that Dagster may show and store, with all that led to it: where any of them names
+    a password, only the text without it is left."""
+    chain: list[BaseException] = [error]
+    while (led := chain[-1].__cause__ or chain[-1].__context__) is not None and led not in chain:
+        chain.append(led)
+    if all(without_password(str(one)) == str(one) for one in chain):
+        return error
+    text = without_password(str(error))
+    return OSError(text) if isinstance(error, OSError) else Exception(f"{type(error).__name__}: {text}")
 
 
 def _filesystem(source: FileSource, root: Path) -> tuple[fsspec.AbstractFileSystem, str]:
@@ -193,7 +231,7 @@ def _filesystem(source: FileSource, root: Path) -> tuple[fsspec.AbstractFileSyst
     try:
         return fsspec.core.url_to_fs(url)
     except (ImportError, ValueError) as error:
-        raise SourceError(f"{source.path}: expected a path or an fsspec URL: {error}") from error
+        raise SourceError(f"{source.path}: expected a path or an fsspec URL: {error}") from _hidden(error)
 
 
 def _resolve(source: FileSource, root: Path) -> tuple[fsspec.AbstractFileSystem, list[str]]:
@@ -314,7 +352,7 @@ def _sql(source: SqlSource, root: Path) -> Found:
         finally:
             engine.dispose()
     except (SQLAlchemyError, ImportError) as error:
-        raise SourceError(f"{name}: the query failed: {error}") from error
+        raise SourceError(f"{name}: the query failed: {error}") from _hidden(error)
 
 
 def _hugging_face(source: HuggingFaceSource, root: Path, settings: Settings) -> Found:
@@ -332,7 +370,7 @@ def _hugging_face(source: HuggingFaceSource, root: Path, settings: Settings) -> 
         )
     except Exception as error:  # the library raises its own, the hub's, pyarrow's and others
         message = f"dataset {describe(source)}: {type(error).__name__}: {error}"
-        raise SourceError(message) from error
+        raise SourceError(message) from _hidden(error)
     for number, row in enumerate(rows, start=1):
         yield f"{source.split}, row {number}", dict(row)
 
@@ -362,7 +400,7 @@ def _python(source: PythonSource, root: Path) -> Found:
     except SourceError:
         raise
     except Exception as error:
-        raise SourceError(f"{source.callable}: raised {type(error).__name__}: {error}") from error
+        raise SourceError(f"{source.callable}: raised {type(error).__name__}: {error}") from _hidden(error)
 
 
 def _plain(value: Any) -> Any:

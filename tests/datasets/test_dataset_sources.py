@@ -5,6 +5,7 @@ import json
 import lzma
 import sqlite3
 import threading
+import traceback
 from collections.abc import Iterator
 from decimal import Decimal
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -13,8 +14,19 @@ from pathlib import Path
 import fsspec
 import pandas as pd
 import pytest
+from maintenance_world import make_spec
 
-from ml_assets.datasets.sources import SourceError, describe, read_source, source_columns, source_version
+from ml_assets.artifacts import ArtifactStore
+from ml_assets.datasets.asset import build_source_asset
+from ml_assets.datasets.build import build_dataset
+from ml_assets.datasets.sources import (
+    LOOKAHEAD,
+    SourceError,
+    describe,
+    read_source,
+    source_columns,
+    source_version,
+)
 from ml_assets.settings import Settings
 from ml_assets.spec import FileSource, HuggingFaceSource, PythonSource, SqlSource
 
@@ -171,7 +183,7 @@ LINES = "".join(f'{{"q": "question {i} {i * 7919 % 9973}"}}\n' for i in range(30
 def test_a_damaged_file_is_one_clear_error_and_lets_the_project_load(tmp_path, name, content):
     (tmp_path / name).write_bytes(content)
     source = FileSource(kind=name.split(".")[1], path=name)
-    assert source_columns(source, tmp_path) in (None, ["q"])
+    assert source_columns(source, tmp_path) in (None, (["q"], True), (["q"], False))
     with pytest.raises(SourceError, match=rf"{name}: cannot be read: "):
         read(source, tmp_path)
 
@@ -318,13 +330,76 @@ def test_columns_at_first_look(tmp_path):
     def columns(kind, path):
         return source_columns(FileSource(kind=kind, path=path), tmp_path)
 
-    assert columns("jsonl", "*a.jsonl") == ["q", "late"]
-    assert columns("csv", "a.csv") == ["q", "a"]
-    assert columns("parquet", "a.parquet") == ["q", "a"]
+    assert columns("jsonl", "*a.jsonl") == (["q", "late"], True)
+    assert columns("csv", "a.csv") == (["q", "a"], True)
+    assert columns("parquet", "a.parquet") == (["q", "a"], True)
+    jsonl(tmp_path / "many.jsonl", [{"q": n} for n in range(LOOKAHEAD)])
+    (tmp_path / "more.csv").write_text("q;late\n1;2\n")
+    assert columns("jsonl", "many.jsonl") == (["q"], True)
+    assert columns("jsonl", "m*.jsonl") == (["q"], True)
+    jsonl(tmp_path / "more.jsonl", [{"q": 1, "late": 1}])
+    assert columns("jsonl", "m*.jsonl") == (["q"], False)
+    assert columns("csv", "*.csv") == (["q", "a", "late"], True)
     assert columns("jsonl", "broken.jsonl") is None
     assert columns("jsonl", "missing.jsonl") is None
     assert source_columns(SqlSource(kind="sql", url="sqlite://", query="select 1"), tmp_path) is None
 
 
-def test_description_keeps_passwords_out():
-    assert "secret" not in describe(SqlSource(kind="sql", url="postgresql://u:secret@h/db", query="select 1"))
+WITH_SECRETS = {
+    "a password": FileSource(kind="csv", path="http://bob:hunter2@127.0.0.1:1/rows.csv"),
+    "a password with other characters": FileSource(
+        kind="csv", path="http://bob:h/unter2@127.0.0.1:1/rows.csv"
+    ),
+    "a user that is a token": FileSource(kind="csv", path="http://hunter2@127.0.0.1:1/rows.csv"),
+    "a signed URL": FileSource(kind="csv", path="http://127.0.0.1:1/rows.csv?v=1&X-Amz-Signature=hunter2"),
+    "a signed glob": FileSource(kind="jsonl", path="nosuch://h/*.jsonl?sig=hunter2"),
+    "SQL": SqlSource(kind="sql", url="postgresql+nosuch://bob:hunter2@h/db", query="select 1"),
+    "SQL with other characters": SqlSource(
+        kind="sql", url="postgresql+nosuch://bob:p@h/unter2@h/db", query="select 1"
+    ),
+    "SQL with parameters": SqlSource(
+        kind="sql", url="postgresql+nosuch://h/db?user=bob&password=hunter2", query="select 1"
+    ),
+    "Python": PythonSource(kind="python", callable="crm_rows:away", args={"token": "hunter2"}),
+    "Python, deeper": PythonSource(
+        kind="python", callable="crm_rows:away_behind", args={"token": ["hunter2"], "rows": 3}
+    ),
+}
+
+
+@pytest.mark.parametrize("case", WITH_SECRETS)
+def test_descriptions_and_errors_keep_passwords_out(tmp_path, case):
+    source = WITH_SECRETS[case]
+    (tmp_path / "crm_rows.py").write_text(
+        "def away(token):\n    raise OSError(f'http://crm/rows?token={token} does not answer')\n"
+        "def away_behind(token, rows):\n"
+        "    try:\n        away(token[0])\n"
+        "    except OSError as error:\n        raise ValueError('no rows') from error\n"
+    )
+    spec = make_spec().model_copy(update={"source": source})
+    (asset,) = build_source_asset(spec, tmp_path).specs
+    with pytest.raises(SourceError) as caught:
+        read(source, tmp_path)
+    # what Dagster stores of a failure: the error, and all that led to it
+    told = "".join(traceback.format_exception(caught.value))
+    for text in (describe(source), asset.description, told):
+        assert text and "unter2" not in text
+    if case in ("a password", "Python"):
+        assert isinstance(caught.value.__cause__, OSError), "an OSError is tried again"
+
+
+def test_a_manifest_names_arguments_without_their_values(tmp_path):
+    (tmp_path / "paid_rows.py").write_text(
+        "def rows(token, rows):\n"
+        "    return [{'text': f'question {n} {n * 7919 % 9973}', 'answer': str(n)} for n in range(rows)]\n"
+    )
+    args = {"token": "hunter2", "rows": 90}
+    spec = make_spec(source={"kind": "python", "callable": "paid_rows:rows", "args": args})
+    settings = Settings.from_env()
+    built = build_dataset(
+        spec, tmp_path, settings, ArtifactStore(str(tmp_path / "store"), tmp_path / "cache")
+    )
+    (manifest,) = (tmp_path / "store").rglob("manifest.json")
+    assert "hunter2" not in manifest.read_text()
+    assert json.loads(manifest.read_text())["spec"]["source"] == "python: paid_rows:rows(token, rows)"
+    assert built.record["rows"]["train"] > 0
