@@ -58,16 +58,18 @@ lock:  ## pin the newest versions that pyproject.toml allows, from a fresh envir
 demo: setup  ## set up, run the main job on the demo customizations, serve the result
 	@$(BIN)/evergreen demo
 
-# A deployment of its own, so that the demonstration's years do not mix with the customizations of this project.
+# A deployment of its own, so that the demonstration's years do not mix with the customizations of this project:
+# nor do they when this one keeps its state elsewhere.
+OWN_STATE := env $(foreach name,ARTIFACTS_URL LEDGER_URL TRAFFIC_URL MLFLOW_URI,-u EVERGREEN_$(name))
 DRIFT_HOME ?= $(EVERGREEN_HOME)/demo-drift-home
 .PHONY: demo-drift
 demo-drift: setup  ## replay a product's history: drift, decisions, updates, with nobody touching it
-	@EVERGREEN_HOME=$(DRIFT_HOME) $(BIN)/python -m examples.home_commands.history.replay
+	@$(OWN_STATE) EVERGREEN_HOME=$(DRIFT_HOME) $(BIN)/python -m examples.home_commands.history.replay
 
 MIGRATION_HOME ?= $(EVERGREEN_HOME)/demo-migration-home
 .PHONY: demo-migration
 demo-migration: setup  ## a new revision of the base arrives: everything moves to it, with nobody touching it
-	@EVERGREEN_HOME=$(MIGRATION_HOME) $(BIN)/python -m examples.base_revisions.migration.run
+	@$(OWN_STATE) EVERGREEN_HOME=$(MIGRATION_HOME) $(BIN)/python -m examples.base_revisions.migration.run
 
 .PHONY: up down status
 up: setup  ## start Dagster, MLflow and the gateway in the background

@@ -176,6 +176,8 @@ class Worker:
         logs.mkdir(parents=True, exist_ok=True)
         self.name = name
         self.left = given.left
+        self.ended = ""
+        """Why it was ended, if it was."""
         self.log = logs / f"{name.replace(' ', '_')}.log"
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
@@ -205,9 +207,11 @@ class Worker:
         if self.left() < float("inf"):  # one answer for each request: nothing waits in Python's own buffer
             ready, _, _ = select.select([self.process.stdout], [], [], max(0.0, self.left()))
             if not ready:
-                self.close()
-                raise Unavailable("no time left")
+                self.close("no time left")
+                raise Unavailable(self.ended)
         line = self.process.stdout.readline()
+        if not line and self.ended:
+            raise Unavailable(self.ended)
         if not line:
             raise Unavailable(f"its process ended with code {self.process.wait()}: {last_line(self.log)}")
         answer = json.loads(line)
@@ -218,7 +222,9 @@ class Worker:
     def peak_memory(self) -> int:
         return peak_memory(self.process.pid)
 
-    def close(self) -> None:
+    def close(self, reason: str = "") -> None:
+        """End it; who asks it afterwards gets the reason."""
+        self.ended = self.ended or reason
         kill(self.process)
 
 

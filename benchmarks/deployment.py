@@ -17,6 +17,9 @@ from benchmarks.common import Unavailable, environment, kill, last_line
 from ml_assets.cli import supervisor
 from ml_assets.settings import Settings
 
+STATE = tuple(f"EVERGREEN_{name}" for name in ("ARTIFACTS_URL", "LEDGER_URL", "TRAFFIC_URL", "MLFLOW_URI"))
+"""Variables that lead out of EVERGREEN_HOME: a deployment of its own must not inherit them."""
+
 
 def prepare_home(home: Path, cache: Path) -> Settings:
     """Settings of a deployment of its own in `home`, on free ports. It shares downloads, the converted base

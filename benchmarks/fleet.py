@@ -14,24 +14,31 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import sqlalchemy as sa
-from dagster import DagsterInstance
+from dagster import AssetMaterialization, DagsterInstance
+from safetensors.numpy import save_file
 
 from benchmarks.common import ROOT, Measured, Measurement, Unavailable, alternate, environment, number, table
+from benchmarks.deployment import STATE
 from ml_assets.artifacts import write_atomic
 from ml_assets.base_models.partitions import BASE_MODELS
+from ml_assets.base_models.register import current_revision
 from ml_assets.decisions.book import DecisionBook
 from ml_assets.endpoints.gateway.keys import ADMIN_KEY_FILE
 from ml_assets.endpoints.ledger import Ledger, now
+from ml_assets.settings import Settings
+from ml_assets.spec import BaseFamily, DirectoryBase
 from ml_assets.traffic.records import TrafficRecord
 from ml_assets.traffic.store import TrafficLog
 
 SIZES = (10, 100, 1000)
 REVISIONS = 10
 PACKAGE = "fleet_benchmark"
-EVERY = 10
+EVERY, ASKED = 10, 200
 ADAPTER, DATASET = "a" * 64, "d" * 64
 
 DEFINITIONS = """\
@@ -62,7 +69,7 @@ type: ml_assets.BaseModels
 attributes:
   families:
     - name: tiny
-      source: {kind: directory, path: /nowhere}
+      source: {kind: directory, path: ../../../../base}
 """
 CUSTOMIZATION = """\
 type: ml_assets.Customization
@@ -95,11 +102,11 @@ loaded = defs()
 repository = loaded.get_repository_def()
 from dagster._core.remote_representation.external_data import RepositorySnap
 RepositorySnap.from_def(repository, defer_snapshots=True)  # a code server has made it before its first tick
-wanted = ("ledger", "traffic_log", "gateway", "artifact_store")
+wanted = ("ledger", "traffic_log", "gateway", "artifact_store", "base_model_hub")
 resources = {{name: loaded.resources[name] for name in wanted}}
 found = {{}}
 with dg.DagsterInstance.get() as instance:
-    for name in ("stale_data", "drift", "feedback_quality", "endpoint_health", "run_failures"):
+    for name in sys.argv[2:]:
         cursor = None
         for again in range(int(sys.argv[1])):
             start = time.perf_counter()
@@ -146,15 +153,16 @@ class Fleet:
         (self.home / "dagster").mkdir(parents=True)
         shutil.copy(ROOT / "dagster.yaml", self.home / "dagster")
         with DagsterInstance.from_config(str(self.home / "dagster")) as instance:
-            revisions = [f"tiny@{index:012d}" for index in range(REVISIONS)]
+            revisions = [f"tiny@{index:012d}" for index in range(REVISIONS - 1)]
             instance.add_dynamic_partitions(str(BASE_MODELS.name), revisions)
+        serves = self._publish_base(0)
         write_atomic(self.home / ADMIN_KEY_FILE, b"key")
         ledger = Ledger(f"sqlite:///{self.home / 'ledger.db'}")
         DecisionBook(ledger)  # makes its tables
         at = now()
         facts = {
             "adapter": ADAPTER,
-            "base_revision": revisions[0],
+            "base_revision": serves,
             "dataset": DATASET,
             "source_version": "v1",
         }
@@ -167,7 +175,7 @@ class Fleet:
         }
         release = {
             "action": "release",
-            "base_revision": revisions[0],
+            "base_revision": serves,
             "base_digest": "b" * 64,
             "adapter_digest": ADAPTER,
             "report_digest": "c" * 64,
@@ -195,6 +203,21 @@ class Fleet:
             )
         ledger.close()
         self.ask(EVERY)
+
+    def _publish_base(self, number_of: int) -> str:
+        """Let the source of the base hold another revision, which has passed its probe."""
+        folder = self.folder / "base"
+        folder.mkdir(exist_ok=True)
+        (folder / "config.json").write_text(json.dumps({"model_type": "llama", "number": number_of}))
+        (folder / "tokenizer.json").write_text("{}")
+        save_file({"w": np.zeros(4, np.float32)}, folder / "model.safetensors")
+        source = DirectoryBase(kind="directory", path=str(folder))
+        settings = replace(Settings.from_env(), home=self.home)
+        revision = current_revision(BaseFamily(name="tiny", source=source), folder, settings)
+        with DagsterInstance.from_config(str(self.home / "dagster")) as instance:
+            instance.add_dynamic_partitions(str(BASE_MODELS.name), [revision])
+            instance.report_runless_asset_event(AssetMaterialization("base_model", partition=revision))
+        return revision
 
     def ask(self, count: int) -> None:
         """So many requests to each endpoint."""
@@ -226,13 +249,15 @@ class Fleet:
         log.close()
 
     def make_busy(self) -> None:
-        """Every source has other rows, and every endpoint had enough requests for a look."""
+        """Every source has other rows, every endpoint had enough requests for a look and more (as many as a
+        plan looks at), and there is a new base revision."""
+        self._publish_base(1)
         ledger = Ledger(f"sqlite:///{self.home / 'ledger.db'}")
         with ledger.engine.begin() as connection:
             other = json.dumps({"version": "v2"})
             connection.execute(sa.text("UPDATE notes SET value = :v WHERE subject = 'source'"), {"v": other})
         ledger.close()
-        self.ask(EVERY)
+        self.ask(ASKED)
 
     def run(self, code: str, *arguments: str, **more: str) -> dict[str, float]:
         """The JSON that a process with this project prints last."""
@@ -240,6 +265,7 @@ class Fleet:
             EVERGREEN_HOME=str(self.home),
             DAGSTER_HOME=str(self.home / "dagster"),
             PYTHONPATH=f"{self.project}:{ROOT}",
+            **dict.fromkeys(STATE, ""),
             **more,
         )
         done = subprocess.run(
@@ -258,6 +284,9 @@ class Fleet:
         found = self.run(LOAD)
         return {"definitions": found["definitions"], "seconds": found["seconds"]}
 
+    def _tick(self, rounds: int, port: int) -> dict[str, float]:
+        return self.run(TICKS, str(rounds), *SENSORS, EVERGREEN_GATEWAY_PORT=str(port))
+
     def ticks(self, rounds: int) -> Measurement:
         """Seconds of each sensor's slowest tick, first with nothing to do and then with something for all."""
         found: Measurement = {}
@@ -265,7 +294,7 @@ class Fleet:
             for state in ("idle", "busy"):
                 if state == "busy":
                     self.make_busy()
-                for name, value in self.run(TICKS, str(rounds), EVERGREEN_GATEWAY_PORT=str(port)).items():
+                for name, value in self._tick(rounds, port).items():
                     seconds = max(value) if isinstance(value, list) else value
                     found[f"{name} {state}"] = seconds
         return found
@@ -296,7 +325,7 @@ def gateway_health(names: list[str]) -> Iterator[int]:
         server.server_close()
 
 
-SENSORS = ("stale_data", "drift", "feedback_quality", "endpoint_health", "run_failures")
+SENSORS = ("stale_data", "drift", "feedback_quality", "endpoint_health", "run_failures", "base_updates")
 
 
 def measure(folder: Path, rounds: int, sizes: tuple[int, ...] = SIZES) -> dict[int, dict[str, Measured]]:

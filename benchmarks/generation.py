@@ -42,8 +42,8 @@ from benchmarks.training import RECIPE
 ADAPTERS = 8
 NEW_TOKENS = 24
 CLASSIFIED = tuple(name for name, task in tasks().items() if task.labels)
-LATER_SECONDS = 120
-"""Of a quick run, kept for classification and mixed adapters."""
+LATER_SECONDS, MIXED_SECONDS = 120, 60
+"""Of a quick run, kept for classification and mixed adapters, and for those alone."""
 MIXED_ROWS = 32
 """Rows of one batch for peft, whose memory grows with them."""
 
@@ -171,8 +171,7 @@ class Run:
             },
             CONTINUOUS: functools.partial(ask, CONTINUOUS, "continuous", few, NEW_TOKENS),
         }
-        reserve = LATER_SECONDS if self.options.quick else 0
-        self.results |= alternate(variants, rounds, lambda: left() - reserve)
+        self.results |= alternate(variants, rounds, lambda: left() - LATER_SECONDS)
         for name in variants:
             if name in self.workers:
                 self.memory[name] = self.workers[name].peak_memory()
@@ -182,10 +181,13 @@ class Run:
             classified[_of(task, DECODED)] = functools.partial(
                 ask, ONE, "generate", few, self.label_tokens[task], prompts=prompts
             )
-        self.results |= alternate(classified, rounds, left)
+        self.results |= alternate(classified, rounds, lambda: left() - MIXED_SECONDS)
         # only now: a base with adapters, also when none is active, is not the bare base
-        for name, path in self.adapters.items():
-            self.workers[OURS].ask("attach", name=name, directory=path)
+        try:
+            for name, path in self.adapters.items():
+                self.workers[OURS].ask("attach", name=name, directory=path)
+        except Unavailable as error:
+            self.missing[OURS] = str(error)
         names = [f"a{i % ADAPTERS}" for i in range(self.count)]
         folders = [[name, self.adapters[name]] for name in names]
         mixed: dict[str, Callable[[], Measurement]] = {

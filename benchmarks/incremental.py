@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.common import cached_base, number, options, parser, print_json, say, start, table
+from benchmarks.common import Unavailable, cached_base, number, options, parser, print_json, say, start, table
 from benchmarks.tasks import customization
 from examples.home_commands.source import utterances
 from ml_assets.adapters.incremental import plan_update, update_recipe
@@ -80,9 +80,9 @@ class Run:
         """Train, in turn: the champion, the update, the update without replay, the retrain. Then evaluate."""
         old = utterances(OLD, self.counts["old"], self.seed, languages=["en"])
         languages = {"en": 0.5, "de": 0.5}
-        found = utterances(NEW, self.counts["new"] + self.held_out, self.seed + 1, languages=languages)
+        found = utterances(NEW, self.counts["new"] + 2 * self.held_out, self.seed + 1, languages=languages)
         new = found[: self.counts["new"]]
-        self.judged = found[self.counts["new"] :]
+        self.judged = unknown(found[self.counts["new"] :], old, self.held_out)
         before, after = self.dataset(old), self.dataset([*old, *new])
         champion_inputs, inputs = self._inputs(before), self._inputs(after)
         champion = self._train(CHAMPION, champion_inputs)
@@ -137,6 +137,17 @@ class Run:
                 age = "old" if line["row"] in known else "new"
                 found[name][age][line["row"]] = line["scores"][metric]
         return found
+
+
+def unknown(
+    rows: Sequence[dict[str, str]], known: Sequence[Mapping[str, str]], count: int
+) -> list[dict[str, str]]:
+    """The first `count` rows whose utterance nobody trains on: releases share some sentences."""
+    seen = {row["utterance"].casefold() for row in known}
+    found = [row for row in rows if row["utterance"].casefold() not in seen]
+    if len(found) < count:
+        raise Unavailable(f"{count} rows that are not in {OLD} asked for, but there are {len(found)}")
+    return found[:count]
 
 
 def points(found: Mapping[str, Any], name: str, age: str) -> float:

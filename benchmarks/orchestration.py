@@ -19,6 +19,8 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -146,6 +148,7 @@ class Run:
         self.folder = given.cache / "orchestration"
         self.project = self.folder / "project"
         self.customization = self.project / PACKAGE / "defs" / NAME
+        _end(self.folder / "dagster")
         shutil.rmtree(self.folder, ignore_errors=True)
         self._write_project(rows, evaluated)
 
@@ -252,6 +255,11 @@ class Run:
         (record,) = instance.get_run_records(RunsFilter(run_ids=[run_id]))
         found = figures(requested, record.end_time or time.time(), steps, first, sampler)
         return found | {"wall": None} if failed else found
+
+
+def _end(home: Path) -> None:
+    """A run that was killed leaves its deployment."""
+    supervisor.stop(replace(Settings.from_env(), home=home))
 
 
 class Sampler:

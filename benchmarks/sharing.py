@@ -113,7 +113,7 @@ class Sharing(Run):
         rows, kept = [], dict[str, float | None]()
         for name, measured in found.items():
             shares = [ratio(measured.median("trained"), trained), ratio(measured.median("tokens"), served)]
-            kept[name] = sum(share or 0.0 for share in shares)
+            kept[name] = None if None in shares else sum(share or 0.0 for share in shares)
             p99 = measured.median("p99")
             rows.append(
                 [

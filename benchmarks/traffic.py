@@ -10,15 +10,16 @@ in a second.
 import os
 import sys
 import tempfile
-import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import median
 
 import httpx
 import psutil
 
-from benchmarks.common import ROOT, number, options, parser, print_json, say, start, table
+from benchmarks.common import ROOT, Unavailable, number, options, parser, print_json, say, start, table
+from benchmarks.deployment import STATE
 from benchmarks.load import percentile
 from ml_assets.endpoints.gateway import keys
 from ml_assets.traffic.records import TrafficRecord
@@ -79,6 +80,8 @@ def _requests(
     sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "endpoints")]
     from gateway_world import QUESTION, World, running_server  # pyright: ignore[reportMissingImports]
 
+    for name in STATE:  # the gateway's only
+        os.environ.pop(name, None)
     if database:
         os.environ["EVERGREEN_TRAFFIC_URL"] = database
     world = World(folder)
@@ -108,22 +111,21 @@ def _requests(
 
 
 def _block(url: str, key: str, body: dict[str, object]) -> list[float]:
-    times: list[float] = []
-
-    def client() -> None:
+    def client(_: int) -> list[float]:
+        times: list[float] = []
         with httpx.Client(base_url=url, headers={"Authorization": f"Bearer {key}"}, trust_env=False) as http:
             http.get("/v1/models").raise_for_status()  # connect
             for _ in range(BLOCK // CLIENTS):
                 began = time.perf_counter()
                 http.post("/v1/chat/completions", json=body).raise_for_status()
                 times.append(time.perf_counter() - began)
+        return times
 
-    threads = [threading.Thread(target=client) for _ in range(CLIENTS)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return times
+    with ThreadPoolExecutor(CLIENTS) as pool:
+        try:
+            return [seconds for times in pool.map(client, range(CLIENTS)) for seconds in times]
+        except httpx.HTTPError as error:
+            raise Unavailable(f"the gateway does not answer: {error}") from error
 
 
 def _records_per_second(url: str, count: int = 20_000) -> float:

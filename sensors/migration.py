@@ -7,9 +7,9 @@ decisions in it: whatever dies in between, the next tick finds what is missing, 
 
 import datetime
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from typing import Literal
 
 import dagster as dg
@@ -26,7 +26,7 @@ from ml_assets.base_models.asset import CHECKS
 from ml_assets.decisions.asset import asset_url
 from ml_assets.decisions.book import DecisionBook, History
 from ml_assets.decisions.diagnosis import Policies, again
-from ml_assets.decisions.records import Alert, Decision
+from ml_assets.decisions.records import Alert, Decision, Limits
 from ml_assets.decisions.tags import MIGRATION_TAG, REVISION_TAG
 from ml_assets.endpoints.ledger import Ledger, Release, now
 from ml_assets.fleet.migration_plan import (
@@ -149,6 +149,7 @@ def unusable(fleet: Fleet, revision: str, probe: Probe) -> str | None:
 def make_plan(fleet: Fleet, revision: str, store: ArtifactStore, log: TrafficLog) -> str | None:
     """Decide about every follower of a base revision that is not decided about yet, and show it. What this
     does, in a line; None when there is nothing to decide."""
+    asked = cache(partial(log.newest_times, TRAFFIC))  # once, and only when there is something to decide
     made = plan_migration(
         revision,
         list(fleet.specs.values()),
@@ -158,7 +159,7 @@ def make_plan(fleet: Fleet, revision: str, store: ArtifactStore, log: TrafficLog
         fleet.policies,
         fleet.settings,
         now()[:7],
-        lambda spec: stake_of(spec, fleet.serving.get(spec.name), store, log),
+        lambda spec: stake_of(spec, fleet.serving.get(spec.name), store, asked().get(spec.name)),
     )
     if not made:
         return None
@@ -192,12 +193,14 @@ def make_plan(fleet: Fleet, revision: str, store: ArtifactStore, log: TrafficLog
 
 
 def stake_of(
-    spec: CustomizationSpec, release: Release | None, store: ArtifactStore, log: TrafficLog
+    spec: CustomizationSpec, release: Release | None, store: ArtifactStore, asked: tuple[int, str] | None
 ) -> Stake:
-    """The value of what serves, from the report that let it serve, and how much it is asked."""
+    """The value of what serves, from the report that let it serve, and how much it is asked: so many times
+    since then."""
     requests: float | None = spec.maintenance.requests_per_month
-    if requests is None:
-        requests = requests_per_month([one.at for one in log.newest(spec.name, TRAFFIC)], now())
+    if requests is None and asked is not None:
+        count, first = asked
+        requests = requests_per_month([first] * count, now())
     if release is None:
         return Stake(None, requests)
     try:
@@ -223,14 +226,15 @@ def carry_out(
     lines: list[str] = []
     batches: dict[str, list[Decision]] = {}
     waiting: list[Decision] = []
+    backfill_of = cache(fleet.instance.get_backfill)  # one backfill is that of many
     for history in fleet.book.migrations():
         if not (history.is_open and history.claimed):
             continue
         started = next((step for step in history.steps if step.step == "started"), None)
         decision = history.decision
-        if started is not None and (line := _follow(fleet, history, started.detail)) is not None:
+        if started is not None and (line := _follow(fleet, history, started.detail, backfill_of)):
             lines.append(line)
-        elif started is not None and fleet.instance.get_backfill(started.detail) is not None:
+        elif started is not None and backfill_of(started.detail) is not None:
             batches.setdefault(started.detail, []).append(decision)
         # claimed, and what claimed it died
         elif reason := _impossible(fleet, decision, stands, revisions):
@@ -240,7 +244,7 @@ def carry_out(
         else:
             batches.setdefault(started.detail, []).append(decision)
     for name, decisions in batches.items():
-        if fleet.instance.get_backfill(name) is None:
+        if backfill_of(name) is None:
             _add_backfill(fleet, graph, name, decisions)
         lines.append(f"backfill {name} migrates {listing([d.customization for d in decisions])}")
     waiting += _claim(fleet, current, stands, revisions, lines)
@@ -265,7 +269,7 @@ def _claim(
     if not pending:
         return []
     busy = running(fleet.instance, [decision.customization for decision in pending])
-    claimed = []
+    ready: list[Decision] = []
     for decision in pending:
         name, revision = decision.customization, str(decision.base_revision)
         family = revision.rpartition("@")[0]
@@ -285,13 +289,21 @@ def _claim(
         elif name in busy:
             lines.append(f"{name}: its migration waits for run {busy[name][:8]}")
         else:
-            policy = fleet.policies.of(name, fleet.settings)
-            blocked = partial(_alert, fleet, decision, "is blocked by the budget")
-            refused = fleet.book.claim(decision, policy.own, policy.fleet, policy.price, blocked)
-            if refused is None:
-                claimed.append(decision)
-            else:
-                lines.append(f"{name}: its migration waits or is closed: {refused}")
+            ready.append(decision)
+
+    def limits_of(decision: Decision) -> tuple[Limits, Limits]:
+        policy = fleet.policies.of(decision.customization, fleet.settings)
+        return policy.own, policy.fleet
+
+    def blocked(decision: Decision, reason: str) -> Alert:
+        return _alert(fleet, decision, "is blocked by the budget", reason)
+
+    price, claimed = fleet.settings.device_second_price, []
+    for decision, refused in zip(ready, fleet.book.claim_all(ready, limits_of, price, blocked), strict=True):
+        if refused is None:
+            claimed.append(decision)
+        else:
+            lines.append(f"{decision.customization}: its migration waits or is closed: {refused}")
     return claimed
 
 
@@ -357,14 +369,19 @@ def _add_backfill(fleet: Fleet, graph: BaseAssetGraph, name: str, decisions: Seq
     )
 
 
-def _follow(fleet: Fleet, history: History, backfill_id: str) -> str | None:
+def _follow(
+    fleet: Fleet,
+    history: History,
+    backfill_id: str,
+    backfill_of: Callable[[str], PartitionBackfill | None],
+) -> str | None:
     """Close a decision that was judged or whose backfill has ended; what came of it, in a line."""
     decision, name = history.decision, history.decision.customization
     then: Decision | None = None
     if history.verdict is not None:
         step, detail = "succeeded", f"the gate says {history.verdict}"
     else:
-        backfill = fleet.instance.get_backfill(backfill_id)
+        backfill = backfill_of(backfill_id)
         if backfill is None or backfill.status not in BULK_ACTION_TERMINAL_STATUSES:
             return None
         if backfill.status == BulkActionStatus.COMPLETED_SUCCESS:

@@ -94,6 +94,7 @@ def make(
             try:
                 record = _make(name, fetched, plan, settings, temporary / "model", log)
                 (temporary / "model" / "record.json").write_bytes(canonical_json(record) + b"\n")
+                _to_disk(temporary / "model")
                 (temporary / "model").rename(folder)
             finally:
                 shutil.rmtree(temporary, ignore_errors=True)
@@ -107,7 +108,7 @@ def publish(made: Made, out: Path) -> None:
     Raises FileExistsError when `out` is there and is not such a link.
     """
     out = Path(os.path.abspath(out.expanduser()))
-    if out.exists() and not out.is_symlink():
+    if os.path.lexists(out) and published(out) is None:
         raise FileExistsError(f"{out}: expected no file or folder there, or a link made by this program")
     out.parent.mkdir(parents=True, exist_ok=True)
     folder = out.parent / f".{out.name}-{made.directory.name}"
@@ -115,7 +116,9 @@ def publish(made: Made, out: Path) -> None:
         temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}-copy-", dir=out.parent))
         try:
             for path in identity.model_files(made.directory).values():
-                _copy(path, temporary / path.name)
+                # no hard link: who writes into what is published would change what is kept
+                shutil.copyfile(path, temporary / path.name)
+            _to_disk(temporary)
             temporary.chmod(0o755)
             temporary.rename(folder)
         finally:
@@ -126,11 +129,21 @@ def publish(made: Made, out: Path) -> None:
     link.rename(out)
 
 
-def _copy(path: Path, target: Path) -> None:
-    try:
-        os.link(path.resolve(), target)
-    except OSError:  # another file system
-        shutil.copyfile(path, target)
+def published(out: Path) -> str | None:
+    """The name of the directory that `publish` let `out` be; None where there is no such link."""
+    prefix = f".{out.name}-"
+    found = os.readlink(out) if out.is_symlink() else ""
+    return found.removeprefix(prefix) if found.startswith(prefix) and "/" not in found else None
+
+
+def _to_disk(folder: Path) -> None:
+    """So that also after a power cut a name that is there has all of its content."""
+    for path in (*(path for path in folder.rglob("*") if path.is_file()), folder):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def _key(name: str, fetched: Path, plan: Plan | None, settings: Settings) -> str:

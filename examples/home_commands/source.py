@@ -10,6 +10,7 @@ Templates are skipped when they need what the utterance does not carry (the room
 """
 
 import json
+import math
 import random
 import re
 import zipfile
@@ -28,7 +29,10 @@ from hassil.expression import (
     RuleReference,
     TextChunk,
 )
+from hassil.intents import Intents
 from hassil.parse_expression import parse_sentence
+from hassil.recognize import recognize
+from hassil.sample import sample_expression
 
 from ml_assets.downloads import wheel
 from ml_assets.settings import Settings
@@ -114,8 +118,13 @@ def utterances(
     the templates give fewer different utterances than asked for.
     """
     shares = languages or LANGUAGES
+    if isinstance(shares, str):
+        raise ValueError(f"languages {shares!r}: expected a list of names, or shares by name")
     if not isinstance(shares, dict):
         shares = dict.fromkeys(shares, 1.0)
+    for name, portion in shares.items():
+        if not 0 < portion < math.inf:
+            raise ValueError(f"languages: {name!r} has the share {portion}; expected a number above 0")
     file = Path(path) if path else wheel(f"home-assistant-intents=={release}", Settings.from_env())
     folder = Path(words) if words else Path(__file__).parent / "words"
     streams = {
@@ -170,8 +179,11 @@ class _Grammar:
         self.language = language
         self.words: dict[str, Any] = json.loads(words.read_text())
         self.lists: dict[str, Any] = data["lists"]
-        self.rules: dict[str, str] = data["expansion_rules"] | {
-            name: text for name, text in self.words["rules"].items() if name in data["expansion_rules"]
+        given: dict[str, str] = data["expansion_rules"]
+        self.rules = given | {
+            name: self._narrowed(name, text, given)
+            for name, text in self.words["rules"].items()
+            if name in given
         }
         self.rejects = [re.compile(pattern) for pattern in self.words["reject"]]
         self._parsed: dict[str, Expression] = {}
@@ -181,11 +193,40 @@ class _Grammar:
             if (templates := list(self._templates(name, intent["data"])))
         }
 
+    def _narrowed(self, name: str, ours: str, given: dict[str, str]) -> str:
+        """What our rule says, as far as the release's own rule understands it."""
+        # places and articles are chosen by what follows; 'stt_fix' is what speech recognition makes of a
+        # word, and ours is the word itself, which the release's sentences have as well
+        if "{" in ours or "<" in ours or name.startswith("stt_fix"):
+            return ours
+        intents = Intents.from_dict(
+            {
+                "language": self.language,
+                "intents": {"rule": {"data": [{"sentences": [f"<{name}>"]}]}},
+                "lists": self.lists,
+                "expansion_rules": given,
+            }
+        )
+        said = list(sample_expression(parse_sentence(ours).expression))
+        understood = [text for text in said if recognize(text, intents, language=self.language)]
+        if len(understood) == len(said):
+            return ours
+        return f"({'|'.join(understood)})" if understood else given[name]
+
     def _templates(
         self, intent: str, blocks: list[dict[str, Any]]
     ) -> Iterator[tuple[dict[str, Any], list[str]]]:
         """Blocks that an utterance alone can mean, each with the fixed slots that tell it from the others."""
         fixed = [block.get("slots", {}) for block in blocks]
+
+        def says_nothing(name: str, value: Any) -> bool:
+            """Whether a slot is the same in every block of the intent. Domain and 'all' follow from the rest,
+            so for these the blocks that have it count."""
+            found = [other.get(name) for other in fixed]
+            if name == "domain" or value == "all":
+                found = [one for one in found if one is not None]
+            return all(one == value for one in found)
+
         for block in blocks:
             needs = block.get("requires_context", {})
             if set(needs) - {"domain"} or block.get("metadata", {}).get("slot_combination", "").startswith(
@@ -193,10 +234,7 @@ class _Grammar:
             ):
                 continue
             slots = {
-                name: value
-                for name, value in block.get("slots", {}).items()
-                # a slot that is the same in every block of the intent says nothing
-                if len({json.dumps(other[name]) for other in fixed if name in other}) > 1
+                name: value for name, value in block.get("slots", {}).items() if not says_nothing(name, value)
             }
             domains = needs.get("domain")
             yield (

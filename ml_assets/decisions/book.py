@@ -8,7 +8,7 @@ holds the newest facts that assets wrote down, so that a sensor needs one query 
 import contextlib
 import dataclasses
 import json
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import sqlalchemy as sa
@@ -358,40 +358,59 @@ class DecisionBook:
         price: float,
         alert: Callable[[str], Alert] | None = None,
     ) -> str | None:
-        """Take the right to act on the decision's customization. None when it is ours now, else the reason.
+        """`claim_all` of one decision."""
+        told = (lambda _, reason: alert(reason)) if alert else None
+        return self.claim_all([decision], lambda _: (own, fleet), price, told)[0]
+
+    def claim_all(
+        self,
+        wanted: Sequence[Decision],
+        limits_of: Callable[[Decision], tuple[Limits, Limits]],
+        price: float,
+        alert: Callable[[Decision, str], Alert] | None = None,
+    ) -> list[str | None]:
+        """Take the right to act on the decisions' customizations, in this order. For each None when it is
+        ours now, else the reason.
 
         One transaction: of any number of callers one gets it, and what the open claims are going to spend
-        counts as spent, so that together they stay within the limits. Over a limit, the decision is closed
-        with the step `blocked_by_budget`, and `alert(reason)` is raised.
+        counts as spent, so that together they stay within `limits_of` (of the customization, of the fleet).
+        Over a limit, the decision is closed with the step `blocked_by_budget`, and `alert` is raised.
         """
         with self._writing() as connection:
-            if _ended(connection, decision.id):
-                return "it was closed meanwhile"
-            holder = connection.execute(
-                sa.select(_claims.c.decision_id).where(_claims.c.customization == decision.customization)
-            ).scalar()
-            if holder is not None:
-                return "it has begun" if holder == decision.id else f"decision {holder} is under way"
-            if decision.action in TRAINING:
-                seconds = decision.device_seconds or 0.0
-                planned = Spent(seconds, seconds * price if decision.cost is None else decision.cost)
-                month = now()[:7]
-                for whose, limits, name in (
-                    ("of this customization", own, decision.customization),
-                    ("of the fleet", fleet, None),
-                ):
-                    spent = _spent(connection, name, month) + _reserved(connection, name, price)
-                    if reason := limits.exceeded_by(spent, planned):
-                        reason = f"the budget {whose}: {reason}"
-                        _step(connection, decision.id, "blocked_by_budget", reason, "")
-                        _raise(connection, [alert(reason)] if alert else [])
-                        return reason
-            connection.execute(
-                sa.insert(_claims).values(
-                    customization=decision.customization, decision_id=decision.id, at=now()
-                )
-            )
-        return None
+            columns = (_claims.c.customization, _claims.c.decision_id)
+            holders = {row[0]: str(row[1]) for row in connection.execute(sa.select(*columns))}
+            taken = _spent_by(connection, now()[:7])
+            for name, more in _reserved_by(connection, price).items():
+                taken[name] = taken.get(name, NOTHING) + more
+            total = sum(taken.values(), NOTHING)
+
+            def refused(decision: Decision) -> str | None:
+                nonlocal total
+                name = decision.customization
+                if _ended(connection, decision.id):
+                    return "it was closed meanwhile"
+                if holder := holders.get(name):
+                    return "it has begun" if holder == decision.id else f"decision {holder} is under way"
+                if decision.action in TRAINING:
+                    seconds, (own, fleet) = decision.device_seconds or 0.0, limits_of(decision)
+                    planned = Spent(seconds, seconds * price if decision.cost is None else decision.cost)
+                    before = taken.get(name, NOTHING)
+                    for whose, limits, spent in (
+                        ("of this customization", own, before),
+                        ("of the fleet", fleet, total),
+                    ):
+                        if reason := limits.exceeded_by(spent, planned):
+                            reason = f"the budget {whose}: {reason}"
+                            _step(connection, decision.id, "blocked_by_budget", reason, "")
+                            _raise(connection, [alert(decision, reason)] if alert else [])
+                            return reason
+                    taken[name], total = before + planned, total + planned
+                row = {"customization": name, "decision_id": decision.id, "at": now()}
+                connection.execute(sa.insert(_claims).values(row))
+                holders[name] = decision.id
+                return None
+
+            return [refused(decision) for decision in wanted]
 
     # -- costs -----------------------------------------------------------------------------------------
 
@@ -423,6 +442,17 @@ class DecisionBook:
         with self._engine.connect() as connection:
             return [_cost(row) for row in connection.execute(query).mappings()]
 
+    def costs_by(self, limit: int = 50) -> dict[str, list[Cost]]:
+        """{customization: its newest costs, newest first}."""
+        place = sa.func.row_number().over(partition_by=_costs.c.customization, order_by=_costs.c.seq.desc())
+        ranked = sa.select(_costs, place.label("place")).subquery()
+        query = sa.select(ranked).where(ranked.c.place <= limit).order_by(ranked.c.seq.desc())
+        found: dict[str, list[Cost]] = {}
+        with self._engine.connect() as connection:
+            for row in connection.execute(query).mappings():
+                found.setdefault(row["customization"], []).append(_cost(row))
+        return found
+
     def costs_of_month(self, month: str) -> dict[str, dict[str, Spent]]:
         """{customization: {kind: spent}} in a month such as `2026-01` (UTC)."""
         sums = (sa.func.sum(_costs.c.device_seconds), sa.func.sum(_costs.c.money))
@@ -439,8 +469,12 @@ class DecisionBook:
 
     def spent(self, customization: str | None, month: str) -> Spent:
         """What a customization spent in a month, or with None all of them."""
+        return _of(self.spent_by(month), customization)
+
+    def spent_by(self, month: str) -> dict[str, Spent]:
+        """{customization: what it spent in a month}, of those that spent something."""
         with self._engine.connect() as connection:
-            return _spent(connection, customization, month)
+            return _spent_by(connection, month)
 
     def spent_on(self, ids: Collection[str]) -> dict[str, Spent]:
         """{decision: what was spent to carry it out}."""
@@ -454,9 +488,14 @@ class DecisionBook:
         return found
 
     def reserved(self, customization: str | None, price: float) -> Spent:
-        """What the actions under way are going to spend, as it was predicted."""
+        """What the action under way of a customization is going to spend, as it was predicted, or with None
+        those of all."""
+        return _of(self.reserved_by(price), customization)
+
+    def reserved_by(self, price: float) -> dict[str, Spent]:
+        """{customization: what its action under way is going to spend, as it was predicted}."""
         with self._engine.connect() as connection:
-            return _reserved(connection, customization, price)
+            return _reserved_by(connection, price)
 
     # -- climbs of the port ladder ---------------------------------------------------------------------
 
@@ -576,6 +615,10 @@ def _migrating(connection: sa.Connection, customization: str, revision: str) -> 
     return row[0] if row is not None and json.loads(row[1])["base_revision"] == revision else None
 
 
+def _of(spent: Mapping[str, Spent], customization: str | None) -> Spent:
+    return sum(spent.values(), NOTHING) if customization is None else spent.get(customization, NOTHING)
+
+
 def _ended(connection: sa.Connection, decision_id: str) -> bool:
     query = sa.select(_steps.c.seq).where(_steps.c.decision_id == decision_id, _steps.c.step.in_(FINAL))
     return connection.execute(query).first() is not None
@@ -623,33 +666,29 @@ def _in(month: str) -> sa.ColumnElement[bool]:
     return _costs.c.at.startswith(f"{month}-")
 
 
-def _spent(connection: sa.Connection, customization: str | None, month: str) -> Spent:
-    query = sa.select(sa.func.sum(_costs.c.device_seconds), sa.func.sum(_costs.c.money)).where(_in(month))
-    if customization is not None:
-        query = query.where(_costs.c.customization == customization)
-    seconds, money = connection.execute(query).one()
-    return Spent(seconds or 0.0, money or 0.0)
+def _spent_by(connection: sa.Connection, month: str) -> dict[str, Spent]:
+    sums = (sa.func.sum(_costs.c.device_seconds), sa.func.sum(_costs.c.money))
+    query = sa.select(_costs.c.customization, *sums).where(_in(month)).group_by(_costs.c.customization)
+    return {name: Spent(seconds, money) for name, seconds, money in connection.execute(query)}
 
 
-def _reserved(connection: sa.Connection, customization: str | None, price: float) -> Spent:
-    """What open claims will spend, without what their runs have spent already."""
+def _reserved_by(connection: sa.Connection, price: float) -> dict[str, Spent]:
+    """What the open claim of each customization will spend, without what its runs have spent already."""
     used = [
         sa.func.coalesce(sa.func.sum(column), 0.0) for column in (_costs.c.device_seconds, _costs.c.money)
     ]
     query = (
-        sa.select(_decisions.c.body, *used)
+        sa.select(_claims.c.customization, _decisions.c.body, *used)
         .select_from(_claims)
         .join(_decisions, _decisions.c.id == _claims.c.decision_id)
         .outerjoin(_costs, _costs.c.decision_id == _decisions.c.id)
-        .group_by(_decisions.c.id, _decisions.c.body)
+        .group_by(_claims.c.customization, _decisions.c.id, _decisions.c.body)
     )
-    if customization is not None:
-        query = query.where(_claims.c.customization == customization)
-    found = NOTHING
-    for body, seconds, money in connection.execute(query):
+    found: dict[str, Spent] = {}
+    for name, body, seconds, money in connection.execute(query):
         planned = json.loads(body)
         wanted = planned["device_seconds"] or 0.0
         # what a decision costs counts what a provider is paid
         cost = wanted * price if planned["cost"] is None else planned["cost"]
-        found += Spent(max(0.0, wanted - seconds), max(0.0, cost - money))
+        found[name] = Spent(max(0.0, wanted - seconds), max(0.0, cost - money))
     return found

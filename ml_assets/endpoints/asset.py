@@ -106,6 +106,7 @@ def build_endpoint_asset(spec: CustomizationSpec) -> dg.AssetsDefinition:
             def released(candidate: Release) -> Release:
                 return release(
                     candidate,
+                    expected=current,
                     ledger=book,
                     store=store,
                     gateway=client,
@@ -119,7 +120,7 @@ def build_endpoint_asset(spec: CustomizationSpec) -> dg.AssetsDefinition:
                     current = follow_ledger(
                         spec.name, champion and champion.version, context.run.run_id, book, move_alias
                     )
-                    by_hand = {"run_id": context.run.run_id, "actor": actor(context.run.tags)}
+                    by_hand: dict[str, Any] = {"run_id": context.run.run_id, "actor": actor(context.run.tags)}
                     if config.withdraw or config.serve:
                         chosen = chosen_release(spec.name, config, book, current)
                         if config.withdraw:

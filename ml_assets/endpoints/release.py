@@ -30,6 +30,7 @@ class ReleaseFailed(Exception):
 def release(
     candidate: Release,
     *,
+    expected: Release | None = None,
     ledger: Ledger,
     store: ArtifactStore,
     gateway: GatewayClient,
@@ -38,6 +39,8 @@ def release(
 ) -> Release:
     """Serve `candidate` (`at` and `id` are set by the ledger) and return its row.
 
+    `expected` is the ledger's row that the decision for it was based on, None where nothing served: it is
+    refused when another one serves by now.
     `still_wanted` is called inside the fence, before anything moves, and raises to refuse.
     Raises Fenced when the run may not release any more, ReleaseFailed for everything else that goes wrong;
     the previous version then serves, unless the message says that another release came in between.
@@ -47,7 +50,7 @@ def release(
     try:
         staged = gateway.stage(candidate)
         _verify(candidate, fingerprint, staged)
-        previous, recorded = _record(candidate, ledger, move_alias, still_wanted)
+        previous, recorded = _record(candidate, expected, ledger, move_alias, still_wanted)
     except Exception as error:
         _discard(gateway, customization)
         if isinstance(error, Fenced):
@@ -177,7 +180,11 @@ def _verify(expected: Release, fingerprint: Mapping[str, Any], probed: Probed) -
 
 
 def _record(
-    candidate: Release, ledger: Ledger, move_alias: MoveAlias, still_wanted: Callable[[], None]
+    candidate: Release,
+    expected: Release | None,
+    ledger: Ledger,
+    move_alias: MoveAlias,
+    still_wanted: Callable[[], None],
 ) -> tuple[Release | None, Release]:
     """(what served before, the new row). The alias is back where it was if the row can't be committed."""
     previous: Release | None = None
@@ -186,6 +193,9 @@ def _record(
         with ledger.release_transaction(candidate.customization, candidate.run_id) as tx:
             still_wanted()
             previous = tx.current()
+            if (previous and previous.id) != (expected and expected.id):
+                other = _name(previous) if previous else "a withdrawal"
+                raise ReleaseFailed(f"{other} was released meanwhile: materialize again")
             moved = True
             move_alias(candidate.mlflow_version)
             recorded = tx.record(candidate)

@@ -31,7 +31,10 @@ class GarbageConfig(dg.Config):
         "partitions are deleted",
     )
     unused_days: float = Field(
-        default=UNUSED_DAYS, ge=1, le=36500, description="what nothing names stays that long after its last use"
+        default=UNUSED_DAYS,
+        ge=1,
+        le=36500,
+        description="what nothing names stays that long after its last use",
     )
 
 

@@ -14,7 +14,7 @@ from typing import Any
 from ml_assets.adapters.rungs import Climb
 from ml_assets.decisions.book import DecisionBook, History
 from ml_assets.decisions.diagnosis import Policies, Policy, permitted, predict
-from ml_assets.decisions.records import Decision, Note, Rejected, Spent
+from ml_assets.decisions.records import NOTHING, Decision, Note, Rejected, Spent
 from ml_assets.endpoints.ledger import Release
 from ml_assets.settings import Settings
 from ml_assets.spec import CustomizationSpec
@@ -86,13 +86,16 @@ def plan_migration(
     if not due:
         return []
     price, climbs, made = settings.device_second_price, book.climbs(), []
-    fleet = book.spent(None, month) + book.reserved(None, price)
+    costs, taken = book.costs_by(), book.spent_by(month)
+    for name, more in book.reserved_by(price).items():
+        taken[name] = taken.get(name, NOTHING) + more
+    fleet = sum(taken.values(), NOTHING)
     for spec in due:
         policy = policies.of(spec.name, settings)
         stake = stakes[spec.name]
         dataset = notes[spec.name].get("dataset")
         rows = int(dataset.value["train_rows"]) if dataset else 0
-        full = predict(book.costs(spec.name), rows, 0, 0.0)["full_retrain"]
+        full = predict(costs.get(spec.name, []), rows, 0, 0.0)["full_retrain"]
         seconds, predicted_from = predict_port(full, spec.name, climbs)
         decision = dataclasses.replace(
             draft := drafts[spec.name],
@@ -107,8 +110,7 @@ def plan_migration(
                 "value_at_stake": stake.per_month,
             },
         )
-        own = book.spent(spec.name, month) + book.reserved(spec.name, price)
-        decision = permitted(decision, policy, own, fleet)
+        decision = permitted(decision, policy, taken.get(spec.name, NOTHING), fleet)
         if decision.status == "to_do":
             fleet += Spent(seconds or 0.0, (seconds or 0.0) * price)
         made.append(decision)

@@ -260,6 +260,21 @@ class TrafficLog:
             rows = connection.execute(query).mappings().all()
         return [TrafficRecord(**row) for row in reversed(rows)]
 
+    def newest_times(self, limit: int) -> dict[str, tuple[int, str]]:
+        """How many of its newest `limit` requests each customization has, and when the first of them was
+        asked (UTC in ISO 8601), where there are any: one query."""
+        column = _requests.c
+        of_head = sa.select(column.at).where(column.customization == _heads.c.customization)
+        of_head = of_head.correlate(_heads)
+        newest = of_head.with_only_columns(column.seq).order_by(column.seq.desc()).limit(limit)
+        count = sa.select(sa.func.count()).select_from(newest.subquery()).scalar_subquery()
+        # where there are fewer, the first of all
+        nth = of_head.order_by(column.seq.desc()).limit(1).offset(limit - 1).scalar_subquery()
+        first = sa.func.coalesce(nth, of_head.order_by(column.seq).limit(1).scalar_subquery())
+        with self.engine.connect() as connection:
+            rows = connection.execute(sa.select(_heads.c.customization, count, first))
+            return {name: (number, at) for name, number, at in rows if number}
+
     def request(self, request_id: str) -> TrafficRecord | None:
         """One request by the id of its response."""
         with self.engine.connect() as connection:

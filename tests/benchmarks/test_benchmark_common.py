@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -145,3 +146,12 @@ def test_a_worker_that_takes_too_long_is_ended(tmp_path):
     with pytest.raises(Unavailable, match="no time left"):
         found.ask("anything")
     assert found.process.returncode is not None
+
+
+def test_a_worker_that_was_ended_for_time_says_so_again(tmp_path):
+    (tmp_path / "slow_worker.py").write_text("import time\ntime.sleep(60)\n")
+    options = given(tmp_path, quick=True, started=time.monotonic() - 10_000)
+    worker = Worker("slow", "slow_worker", options, PYTHONPATH=str(tmp_path))
+    for _ in range(2):
+        with pytest.raises(Unavailable, match="no time left"):
+            worker.ask("x")

@@ -6,15 +6,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from benchmarks import load
-from benchmarks.common import Unavailable
-from benchmarks.deployment import Server, free_ports, prepare_home
+from benchmarks import generation, incremental, load, orchestration, sharing, traffic
+from benchmarks.common import Measured, Options, Unavailable
+from benchmarks.deployment import STATE, Server, free_ports, prepare_home
+from benchmarks.fleet import SENSORS, TICKS, Fleet
 from benchmarks.orchestration import Sampler, figures
 from benchmarks.tasks import tasks
 from ml_assets.artifacts import ArtifactStore
+from ml_assets.decisions.book import DecisionBook
+from ml_assets.endpoints.ledger import Ledger
 
 
 @contextmanager
@@ -133,3 +137,105 @@ def test_rows_of_the_tasks_differ_and_stay_the_same(home_with_packages: Path, mo
         assert rows == task.rows(60)[:40] and len(rows) == 40
         assert len({task.prompt.user.format_map(row) for row in rows}) == 40
         assert all(task.prompt.target.format_map(row).strip() for row in rows)
+
+
+class InstantWorker:
+    """Answers at once, but attaches nothing."""
+
+    def ask(self, op: str, **arguments: Any) -> dict[str, Any]:
+        if op == "attach":
+            raise Unavailable("no time left")
+        return {"seconds": 1.0, "tokens": [[1]] * len(arguments["prompts"])}
+
+    def peak_memory(self) -> int:
+        return 1
+
+
+def test_what_was_measured_of_generation_is_reported_when_time_runs_out(tmp_path, capsys):
+    run = generation.Run(Options(True, tmp_path, tmp_path, 1), 8)
+    run.prompts, run.dtype = [[1, 2]] * 8, "float32"
+    run.adapters = {f"a{i}": "x" for i in range(generation.ADAPTERS)}
+    run.classified = {task: [[1]] * 8 for task in generation.CLASSIFIED}
+    run.label_tokens = dict.fromkeys(generation.CLASSIFIED, 2)
+    peers = (generation.CONTINUOUS, *generation.BATCHED.values(), generation.VLLM, generation.LLAMA)
+    for name in (generation.OURS, generation.ONE, generation.PEFT_MIXED, *peers):
+        run.workers[name] = InstantWorker()  # type: ignore[assignment]
+    run.measure()
+    run.report()
+    text = capsys.readouterr().out
+    last = json.loads(text.splitlines()[-1])
+    assert last["vs_one_by_one"] == 1.0 and last["mixed_vs_peft"] is None
+    (row,) = (line for line in text.splitlines() if line.startswith(f"| {generation.OURS_MIXED}"))
+    assert "no time left" in row
+
+
+def test_classification_leaves_time_for_mixed_adapters(tmp_path, monkeypatch):
+    run = generation.Run(Options(True, tmp_path, tmp_path, 1), 8)
+    run.prompts, run.adapters, run.classified = [[1, 2]] * 8, {}, {}
+    left: list[float] = []
+    monkeypatch.setattr(run, "adapters", {f"a{i}": "x" for i in range(generation.ADAPTERS)})
+    monkeypatch.setitem(run.missing, generation.OURS, "not here")
+    run.workers[generation.OURS] = InstantWorker()  # type: ignore[assignment]
+    monkeypatch.setattr(generation, "alternate", lambda _, __, seconds: left.append(seconds()) or {})
+    run.measure()
+    assert left[0] < left[1] - 30 and left[1] < left[2] - 30
+
+
+def test_a_plan_that_was_not_measured_has_no_figure(capsys):
+    run = object.__new__(sharing.Sharing)
+    run.dtype = "float32"
+    found = {
+        "training alone": Measured([{"trained": 10.0}]),
+        "gateway alone": Measured([{"tokens": 5.0}]),
+        sharing.PLAN: Measured([], "the training failed"),
+        sharing.FREE: Measured([{"trained": 5.0, "tokens": 2.0, "p99": 1.0}]),
+    }
+    run.print(found)
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["plan_vs_none"] is None
+
+
+def test_a_gateway_that_does_not_answer_is_told():
+    (port,) = free_ports(1)
+    with pytest.raises(Unavailable, match="the gateway does not answer"):
+        traffic._block(f"http://127.0.0.1:{port}", "key", {})
+
+
+def test_held_out_rows_are_not_those_of_the_old_release():
+    rows = [{"utterance": text} for text in ("Open it", "close it", "stop", "go")]
+    found = incremental.unknown(rows, [{"utterance": "open it"}], 2)
+    assert [row["utterance"] for row in found] == ["close it", "stop"]
+    with pytest.raises(Unavailable, match=r"4 rows .* asked for, but there are 3"):
+        incremental.unknown(rows, [{"utterance": "open it"}], 4)
+
+
+def test_a_fleet_keeps_to_its_own_home(tmp_path, monkeypatch):
+    for name in STATE:
+        monkeypatch.setenv(name, "elsewhere")
+    fleet = object.__new__(Fleet)
+    fleet.folder, fleet.home, fleet.project = tmp_path, tmp_path, tmp_path
+    code = "import json, os; print(json.dumps(sorted(n for n in os.environ if n.startswith('EVERGREEN_'))))"
+    assert not set(STATE) & set(fleet.run(code))
+
+
+def test_a_new_base_revision_is_planned_and_carried_out_in_the_fleet(tmp_path):
+    fleet = Fleet(tmp_path, 2)
+    fleet.run(TICKS, "1", "base_updates")
+    fleet.make_busy()
+    fleet.run(TICKS, "3", "base_updates")
+    book = DecisionBook(Ledger(f"sqlite:///{tmp_path / '2' / 'home' / 'ledger.db'}"))
+    assert len(book.migrations()) == 2
+    assert all(history.claimed for history in book.migrations())
+    assert "base_updates" in SENSORS
+
+
+def test_a_deployment_that_a_killed_run_left_is_ended(tmp_path, monkeypatch):
+    ended: list[Path] = []
+
+    def stop(settings: Any) -> None:
+        assert (tmp_path / "orchestration").exists()
+        ended.append(settings.home)
+
+    (tmp_path / "orchestration" / "dagster").mkdir(parents=True)
+    monkeypatch.setattr(orchestration.supervisor, "stop", stop)
+    orchestration.Run(Options(True, tmp_path, tmp_path, 1), 10, 5)
+    assert ended == [tmp_path / "orchestration" / "dagster"]

@@ -3,12 +3,13 @@
 import dataclasses
 import json
 from collections.abc import Mapping
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from benchmarks import migration
-from benchmarks.common import Options
+from benchmarks.common import Options, Unavailable
 from benchmarks.migration import (
     COPY,
     FULL,
@@ -28,10 +29,11 @@ from benchmarks.migration import (
 )
 from benchmarks.migration_tasks import migration_tasks
 from ml_assets.adapters.rungs import Climb, RungResult
+from ml_assets.artifacts import canonical_json, sha256_bytes
 from ml_assets.settings import Settings
 from tests.tiny_models import tiny_model
 
-GATE = {"false_promotion": 0.02, "worlds": []}
+GATE = {"false_promotion": 0.02, "false_promotion_cells": 0.3, "worlds": []}
 
 
 def cell(revision: str = "minor", means: Mapping[str, float] | None = None, full_ran: bool = False) -> dict:
@@ -104,6 +106,8 @@ def test_figures_have_the_names_that_were_given_and_null_for_what_was_not_measur
         "cost_ratio_cross_family": pytest.approx(166 / 140, abs=1e-3),
         "flips_vs_naive": 1 - 12 / 8,
         "false_promotion": 0.02,
+        "false_promotion_cells": 0.3,
+        "cells_accepted": 1.0,
     }
     alone = figures([cell()], GATE)
     assert alone["saved_shapes"] is None and alone["cost_ratio_cross_family"] is None
@@ -125,6 +129,52 @@ def test_the_report_ends_with_the_line_of_figures(capsys):
     lines = capsys.readouterr().out.strip().splitlines()
     assert json.loads(lines[-1])["saved_minor"] == 0.5
     assert any("one 0" in line and "tune" in line for line in lines)
+
+
+def test_cells_whose_climb_accepted_nothing_are_counted():
+    found = cell()
+    for rung in found["climb"]["rungs"]:
+        rung["verdict"] = "undecided"
+    assert figures([found, cell()], GATE)["cells_accepted"] == 0.5
+
+
+def test_cells_are_simulated_with_their_own_margin():
+    margins = {
+        task.spec(Path("x"), 0, 1500, 300).evaluation.gate.margin for task in migration_tasks().values()
+    }
+    assert margins == {world.margin for world in migration.CELL_WORLDS} == {migration.MARGIN}
+    assert {world.rows for world in migration.CELL_WORLDS} == set(migration.CELL_ROWS)
+
+
+def test_a_few_trials_give_shares_too():
+    graded = next(world for world in migration.WORLDS if world.graded and world.looks == 1)
+    found = migration.planted_regressions(2, [graded])
+    assert 0 <= found["false_promotion"] <= 1
+    json.dumps(found, allow_nan=False)
+
+
+@pytest.mark.parametrize(
+    ("option", "reason"),
+    [("--rows 40", "--rows 40 give 13 evaluation rows: .*expected max_rows"), ("--trials -1", "--trials -1")],
+)
+def test_too_little_of_it_is_told(option, reason, monkeypatch, tmp_path):
+    command = ["migration", "--quick", "--cache", str(tmp_path), *option.split()]
+    monkeypatch.setattr(migration, "planted_regressions", lambda *_: pytest.fail("simulated"))
+    monkeypatch.setattr("sys.argv", command)
+    with pytest.raises(Unavailable, match=reason):
+        migration.main()
+
+
+def test_what_is_remembered_is_of_the_code_beneath_as_well(monkeypatch, tmp_path):
+    bench = Bench(Options(True, tmp_path, tmp_path, 1), Size(160, 56), lambda _: tmp_path)
+    assert bench.remembered("x", {}, lambda: {"n": 1}) == {"n": 1}
+    (file,) = (tmp_path / "migration" / "cells").iterdir()
+    # the name that it had before these versions were looked at
+    code = [migration.CELL_VERSION, migration.LADDER_VERSION, migration.REPORT_VERSION]
+    assert file.stem == f"x-{sha256_bytes(canonical_json({'kind': 'x', 'code': code}))[:16]}"
+    assert bench.remembered("x", {}, lambda: {"n": 2}) == {"n": 1}
+    monkeypatch.setattr(migration, "PORT_VERSION", "other")
+    assert bench.remembered("x", {}, lambda: {"n": 2}) == {"n": 2}
 
 
 @pytest.mark.parametrize("graded", [False, True])

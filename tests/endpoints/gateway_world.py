@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -167,7 +167,8 @@ def _base(architecture: str, directory: Path, seed: int, heads: int) -> Any:
     tiny_model(architecture, directory, seed=seed, heads=heads)
     path = directory / "model.safetensors"
     weights = load_file(path)
-    output = "lm_head.weight" if "lm_head.weight" in weights else "model.embed_tokens.weight"
+    names = ("lm_head.weight", "model.embed_tokens.weight", "transformer.wte.weight")
+    output = next(name for name in names if name in weights)
     weights[output] = weights[output] * 30
     save_file(weights, path, metadata={"format": "pt"})
     manifest = {
@@ -225,6 +226,12 @@ def _generated(base: Any, prompt: list[int]) -> list[str]:
     from ml_assets.engine.generation import generate
 
     return [c.text for rows in (1, 2, 3, 4, 8) for c in generate(base, [prompt] * rows, 12)]
+
+
+def said_in(lines: Iterable[str]) -> str:
+    """The answer in the lines of a stream."""
+    events = [json.loads(line.removeprefix("data: ")) for line in lines if line.startswith("data: {")]
+    return "".join(e["choices"][0]["delta"].get("content", "") for e in events if e["choices"])
 
 
 @contextlib.contextmanager

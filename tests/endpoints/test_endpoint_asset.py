@@ -14,7 +14,9 @@ from maintenance_world import make_release
 from ml_assets.artifacts import ArtifactRef
 from ml_assets.base_models.partitions import BASE_MODELS
 from ml_assets.endpoints.asset import actor, build_endpoint_asset, may_move
+from ml_assets.endpoints.gateway.client import GatewayClient
 from ml_assets.endpoints.gateway.keys import ADMIN_KEY_FILE
+from ml_assets.endpoints.ledger import Release
 from ml_assets.spec import CustomizationSpec, MigrationSpec
 from resources.artifact_store import ArtifactRefIOManager, ArtifactStoreResource
 from resources.gateway import GatewayResource
@@ -203,6 +205,27 @@ def test_the_life_of_an_endpoint(project: Project) -> None:
     assert served(project) == second.digest
     kept = tracking.get_alias("home", "champion")
     assert kept and kept.adapter_digest == second.digest
+
+
+def test_a_release_in_between_is_not_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World(tmp_path)
+    with gateway_in_thread(world) as (url, _):
+        project = Project(world, url)
+        first, second = world.adapter("home", 1), world.adapter("home", 2)
+        project.evaluate(first, "promote", None)
+        assert project.materialize().success
+        stage = GatewayClient.stage
+
+        def slow(client: GatewayClient, release: Release) -> Any:
+            world.record(second, run_id="another run")
+            return stage(client, release)
+
+        monkeypatch.setattr(GatewayClient, "stage", slow)
+        limits = SPEC.model_dump(mode="json") | {"endpoint": {"max_new_tokens": 3}}
+        late = failure(project.materialize(CustomizationSpec.model_validate(limits)))
+        assert f"adapter {second.digest[:12]} on" in late and "released meanwhile" in late
+        row = world.ledger.current("home")
+        assert row and row.adapter_digest == second.digest
 
 
 def by_hand(**config: Any) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """The gateway as its users see it: the official client, errors, limits, keys, streams, swaps under load."""
 
+import asyncio
 import json
 import random
 import re
@@ -11,6 +12,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -19,16 +21,18 @@ import pytest
 import sqlalchemy as sa
 from fastapi import FastAPI
 from fastapi.routing import APIRoute
-from gateway_world import CONTEXT, QUESTION, Made, World, gateway_in_thread
+from gateway_world import CONTEXT, QUESTION, Made, World, gateway_in_thread, said_in
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ml_assets.artifacts import ArtifactRef
+from ml_assets.artifacts import ArtifactRef, ArtifactStore
 from ml_assets.endpoints.gateway import engine as engine_module
 from ml_assets.endpoints.gateway import keys
 from ml_assets.endpoints.gateway.app import ACCESS
+from ml_assets.endpoints.gateway.engine import BaseText, Engine
 from ml_assets.endpoints.gateway.live import Live
 from ml_assets.endpoints.ledger import api_keys
+from ml_assets.engine import hardware
 
 MAX_NEW = 12
 HEX = re.compile(r"[0-9a-f]{64}")
@@ -115,6 +119,25 @@ def test_stream_with_the_official_client(served: Served) -> None:
         assert response.headers["x-evergreen-adapter"] == made.digest
         assert response.headers["content-type"].startswith("text/event-stream")
         assert response.read().endswith(b"data: [DONE]\n\n")
+
+
+def test_what_the_official_client_got_can_be_sent_back(served: Served) -> None:
+    create = served.client.chat.completions.create
+    said = create(model="home", messages=QUESTION).choices[0].message
+    turns: list[Any] = [*QUESTION, said.model_dump(), {"role": "user", "content": "and off"}]
+    assert turns[1].keys() >= {"refusal", "annotations", "audio", "function_call", "tool_calls"}
+    assert create(model="home", messages=turns, max_tokens=1, top_logprobs=0).usage
+    turns[1]["annotations"] = []
+    assert create(model="home", messages=turns, max_tokens=1).usage
+
+
+def test_a_stream_has_no_line_ends_within_its_events(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    said = "a\u2028b\x85c"
+    monkeypatch.setattr(engine_module.StopStrings, "push", lambda *_: "")
+    monkeypatch.setattr(engine_module.StopStrings, "finish", lambda _: said)
+    body = {"model": "home", "messages": QUESTION, "max_tokens": 2, "stream": True}
+    with served.http.stream("POST", "/v1/chat/completions", json=body) as response:
+        assert said_in(response.iter_lines()) == said
 
 
 def test_models(served: Served) -> None:
@@ -295,6 +318,17 @@ def test_other_schemes_and_paths(served: Served) -> None:
         ({"model": "home", "messages": [{"role": "user", "content": 3}]}, "messages.0.content", "string"),
         (b'{"model": "home", "messages": [{"role": "user", "content": "\\ud800"}]}', None, "Invalid JSON"),
         (b'{"model": "home", "messages": [], "temperature": NaN}', "messages", "at least 1"),
+        (
+            {"model": "home", "messages": [{"role": "assistant", "content": "x", "tool_calls": [{}]}]},
+            "messages.0.tool_calls",
+            "null",
+        ),
+        (
+            {"model": "home", "messages": [{"role": "assistant", "content": "x", "annotations": [{}]}]},
+            "messages.0.annotations",
+            "at most 0",
+        ),
+        ({"model": "home", "messages": QUESTION, "top_logprobs": 2}, "top_logprobs", "expected 0 or null"),
     ],
 )
 def test_malformed_requests(served: Served, body: Any, param: str | None, message: str) -> None:
@@ -381,6 +415,93 @@ def test_a_full_queue_says_when_to_come_back(served: Served) -> None:
     assert answers <= served.adapters["home"].answers
 
 
+def test_a_full_queue_is_not_waited_for_longer_than_a_request_may_take(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = served.app.state.engine
+    monkeypatch.setattr(engine, "max_queue", 0)
+    monkeypatch.setattr(engine, "request_seconds", 59.5)
+    monkeypatch.setattr(engine._pace, "seconds", lambda _: 100_000)
+    refused = served.chat()
+    assert refused.status_code == 429 and refused.headers["retry-after"] == "60"
+
+
+@pytest.fixture
+def two_bases(tmp_path: Path) -> Iterator[tuple[World, str, FastAPI]]:
+    """A gateway that serves `home` and `other`, each on a base of its own."""
+    world = World(tmp_path)
+    world.record(world.adapter("home", 1))
+    world.record(world.adapter("other", 2, architecture="qwen2"))
+    with gateway_in_thread(world) as (url, app):
+        yield world, url, app
+
+
+def test_prompts_that_take_long_to_read_hold_up_nobody_else(
+    two_bases: tuple[World, str, FastAPI],
+) -> None:
+    world, url, app = two_bases
+    engine = app.state.engine
+
+    def ask(model: str) -> int:
+        body = {"model": model, "messages": QUESTION, "max_tokens": 1}
+        answer = httpx.post(f"{url}/v1/chat/completions", json=body, headers=bearer(world.key), timeout=30)
+        return answer.status_code
+
+    with ThreadPoolExecutor(70) as pool:
+        with engine.served["home"].text.lock:  # as if the first prompt took all this time
+            slow = [pool.submit(ask, "home") for _ in range(70)]
+            _wait(lambda: sum(future.done() for future in slow) == 6, "those that are too many to be refused")
+            assert {future.result() for future in slow if future.done()} == {429}
+            assert engine.queue_lengths()["home"] == 64
+            assert ask("other") == 200
+            current = world.ledger.current("home")
+            body = {"customization": "home", "adapter_digest": current and current.adapter_digest}
+            admin = bearer(world.admin_key)
+            assert httpx.post(f"{url}/admin/activate", json=body, headers=admin).status_code == 200
+        assert Counter(future.result() for future in slow) == {429: 6, 200: 64}
+    assert engine.queue_lengths()["home"] == 0
+
+
+def test_the_time_of_a_request_begins_when_it_comes(served: Served) -> None:
+    with ThreadPoolExecutor(1) as pool, served.app.state.engine.served["home"].text.lock:
+        first = pool.submit(served.chat)
+        _wait(lambda: served.app.state.engine.queue_lengths()["home"] == 1, "the first to be read")
+        late = served.chat(timeout=0.05)
+        assert late.status_code == 504 and late.json()["error"]["code"] == "deadline_exceeded"
+        assert not first.done()
+    assert first.result().status_code == 200
+
+
+def test_a_prompt_that_is_far_too_long_is_not_read_to_its_end(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = served.app.state.engine.served["home"].text
+    monkeypatch.setattr(text, "encode", lambda _: pytest.fail("it was read to its end"))
+    answer = served.chat(messages=[{"role": "user", "content": "light and dark " * 4000}])
+    assert answer.status_code == 413 and f"takes at most {CONTEXT - 1}" in answer.json()["error"]["message"]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.text(min_size=1, max_size=60), st.integers(9_000, 40_000))
+def test_what_fits_is_never_called_too_long(text: str, characters: int) -> None:
+    tokenizer = ByteTokenizer()
+    chat: Any = SimpleNamespace(tokenizer=tokenizer, prompt_text=lambda messages: messages[0]["content"])
+    whole = (text * characters)[:characters]
+    base = BaseText("digest", chat, tokenizer, CONTEXT)
+    tokens = len(tokenizer(whole)["input_ids"])
+    assert not base.is_longer([{"role": "user", "content": whole}], tokens)
+    least = tokens - 2 * engine_module.CUT * (characters // engine_module.PART + 1)
+    if characters > 8 * least > 0:
+        assert base.is_longer([{"role": "user", "content": whole}], max(1, least))
+
+
+class ByteTokenizer:
+    """Cuts text as few tokenizers do: 50 times the same character is one token."""
+
+    def __call__(self, text: str, **_: Any) -> dict[str, list[str]]:
+        return {"input_ids": [m[0] for m in re.finditer(r"(.)\1{0,49}", text, re.DOTALL)]}
+
+
 def test_a_client_that_leaves_is_not_worked_for(served: Served) -> None:
     made = served.world.adapter("long", 7)
     assert served.stage(made, max_new_tokens=CONTEXT).status_code == 200
@@ -402,6 +523,52 @@ def test_a_client_that_leaves_is_not_worked_for(served: Served) -> None:
         _wait(lambda: engine.served["long"].leases == 0, "the version to be free")
     text = httpx.get(f"{served.url}/metrics").text
     assert 'evergreen_requests_total{customization="long",status="499"} 2.0' in text
+
+
+def test_a_client_that_leaves_before_the_first_chunk_is_not_worked_for(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _long(served, "left", 27)
+    engine = served.app.state.engine
+    generations: list[Any] = []
+    submit = engine.submit
+    monkeypatch.setattr(
+        engine, "submit", lambda *a, **b: generations.append(submit(*a, **b)) or generations[-1]
+    )
+    body = json.dumps({"model": "left", "messages": QUESTION, "stream": True, "stop": "\u2063"}).encode()
+    messages = [{"type": "http.request", "body": body}]
+    scope = {
+        "type": "http",
+        "asgi": {"version": "3.0", "spec_version": "2.3"},
+        "http_version": "1.1",
+        "method": "POST",
+        "scheme": "http",
+        "path": "/v1/chat/completions",
+        "raw_path": b"/v1/chat/completions",
+        "root_path": "",
+        "query_string": b"",
+        "headers": [(b"authorization", f"Bearer {served.world.key}".encode())],
+    }
+
+    async def leave() -> None:
+        gone = asyncio.Event()
+
+        async def receive() -> Any:
+            if messages:
+                return messages.pop()
+            await gone.wait()
+            return {"type": "http.disconnect"}
+
+        async def send(_: Any) -> None:
+            gone.set()
+            await asyncio.sleep(60)  # nobody reads: what is sent stays in the buffer
+
+        await served.app(scope, receive, send)
+
+    asyncio.run(leave())
+    assert [generation.cancelled for generation in generations] == [True]
+    assert engine.served["left"].leases == 0
+    _wait(lambda: not engine._live, "its row to be free")
 
 
 def _wait(condition: Any, what: str, seconds: float = 20) -> None:
@@ -564,13 +731,53 @@ def test_labels_are_chosen_as_they_were_evaluated(served: Served) -> None:
         chosen = choose_labels(base, prompts, [base.chat.target_ids(label) for label in labels])
     base.detach("topics")
     asked = [{"model": "topics", "messages": [{"role": "user", "content": text}]} for text in texts]
-    with ThreadPoolExecutor(5) as pool:
+    with ThreadPoolExecutor(4) as pool:  # as many as may wait
         answers = list(pool.map(lambda body: served.chat(**body), asked))
     assert [_content(answer) for answer in answers] == [labels[i] for i in chosen]
     assert answers[0].json()["choices"][0]["finish_reason"] == "stop"
     assert answers[0].json()["usage"]["completion_tokens"] >= 1
     streamed = served.chat(**asked[0], stream=True)
     assert _streamed_text(streamed.text) == labels[chosen[0]]
+
+
+def test_a_prompt_leaves_room_for_the_longest_label(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World(tmp_path)
+    labels = ["business news of the day and more", "sport", "politics"]
+    made = world.adapter(
+        "lab", 2, architecture="gpt2", manifest={"answer_by": "label_scores", "labels": labels}
+    )
+    world.record(made)
+    with gateway_in_thread(world) as (url, app):
+        engine = app.state.engine
+        text = engine.served["lab"].text
+        client = httpx.Client(base_url=url, headers=bearer(world.key), timeout=60)
+
+        def ask(length: int) -> httpx.Response:
+            body = {"model": "lab", "messages": [{"role": "user", "content": "a" * length}]}
+            return client.post("/v1/chat/completions", json=body)
+
+        around = text.count([{"role": "user", "content": ""}])
+        most = CONTEXT - max(len(text.chat.target_ids(label)) for label in labels)
+        assert ask(most - around).status_code == 200
+        long = ask(most - around + 1)
+        assert long.status_code == 413 and f"at most {most}" in long.text
+
+        def best_labels(base: Any, prompts: list[list[int]], *rest: Any) -> Any:
+            if any(len(prompt) > 100 for prompt in prompts):
+                raise IndexError("index out of range in self")
+            return scoring_best(base, prompts, *rest)
+
+        from ml_assets.engine import scoring
+
+        scoring_best = scoring.best_labels
+        monkeypatch.setattr(scoring, "best_labels", best_labels)
+        go = threading.Event()
+        with ThreadPoolExecutor(6) as pool:
+            pool.submit(engine._compute, go.wait)
+            asked = [pool.submit(ask, length) for length in (5, 200, 6, 7)]
+            _wait(lambda: sum(map(len, engine._waiting.values())) == 4, "all to wait together")
+            go.set()
+            assert [future.result().status_code for future in asked] == [200, 500, 200, 200]
 
 
 # -- health and metrics --------------------------------------------------------------------------------
@@ -660,6 +867,50 @@ def test_only_what_the_ledger_says_is_served(served: Served) -> None:
     _wait(lambda: "home" not in served.app.state.engine.staged, "the staged version to be gone")
 
 
+def test_names_in_admin_requests_are_those_of_customizations(served: Served) -> None:
+    for path, more in (("activate", {"adapter_digest": None}), ("discard", {}), ("probe", {})):
+        answer = served.admin.post(f"/admin/{path}", json={"customization": "a\0b"} | more)
+        assert answer.status_code == 400 and answer.json()["error"]["param"] == "customization"
+        assert "pattern" in answer.json()["error"]["message"]
+    made = served.adapters["home"]
+    assert served.stage(made, customization="a\0b").json()["error"]["param"] == "customization"
+
+
+def test_a_ledger_that_does_not_answer(
+    served: Served, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def away(*_: Any) -> None:
+        raise sa.exc.OperationalError("SELECT", {}, Exception("server closed the connection"))
+
+    def counted() -> float:
+        text = httpx.get(f"{served.url}/metrics").text
+        found = re.search(r'evergreen_requests_total\{customization="-",status="503"\} (\S+)', text)
+        return float(found[1]) if found else 0.0
+
+    before = counted()
+    monkeypatch.setattr(keys, "authenticate", away)
+    for answer in (served.chat(), served.http.get("/v1/models")):
+        assert answer.status_code == 503 and answer.headers["retry-after"] == "5"
+        assert answer.json()["error"]["code"] == "keys_not_available"
+        assert "server closed" not in answer.text
+    assert counted() == before + 2
+    assert len([r for r in caplog.records if "server closed the connection" in r.getMessage()]) == 1
+
+
+def test_a_loading_thread_works_however_it_began(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken() -> None:
+        raise RuntimeError("no")
+
+    monkeypatch.setenv("EVERGREEN_HOME", str(tmp_path))
+    monkeypatch.setattr(hardware, "compute_alone", broken)
+    engine = Engine(ArtifactStore(str(tmp_path / "artifacts")))
+    engine.start()
+    try:
+        assert engine._loader.submit(lambda: "loaded").result(60) == "loaded"
+    finally:
+        engine.close()
+
+
 @pytest.mark.parametrize("wrong", ["fingerprint", "no_effect", "base", "name", "damaged", "missing", "code"])
 def test_a_wrong_adapter_is_never_served(served: Served, wrong: str) -> None:
     world, before = served.world, served.adapters["home"]
@@ -736,3 +987,21 @@ def test_a_start_serves_what_verifies_and_leaves_out_the_rest(tmp_path: Path) ->
         with pytest.raises(openai.InternalServerError, match="does not answer with its fingerprint") as error:
             client.chat.completions.create(model="bad", messages=QUESTION)
         assert error.value.status_code == 503 and error.value.code == "model_not_available"
+
+
+def test_what_is_wrong_with_an_artifact_is_for_the_log(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    world = World(tmp_path)
+    made = world.adapter("bad", 1)
+    world.record(made)
+    path = tmp_path / "artifacts" / "adapter" / made.digest / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    with gateway_in_thread(world) as (url, _):
+        health = httpx.get(f"{url}/healthz")
+        assert "damaged or incomplete (see the gateway's log)" in health.json()["unserved"]["bad"]
+        body = {"model": "bad", "messages": QUESTION}
+        answer = httpx.post(f"{url}/v1/chat/completions", json=body, headers=bearer(world.key))
+        assert answer.status_code == 503 and "damaged or incomplete" in answer.text
+        assert str(tmp_path) not in health.text + answer.text
+    assert f"{path}: hash is" in caplog.text

@@ -3,7 +3,7 @@
 import json
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ import httpx
 import openai
 import pytest
 from fastapi import FastAPI
-from gateway_world import World, gateway_in_thread
+from gateway_world import World, gateway_in_thread, said_in
 from hosted_servers import KEY, KEY_NAME, Copycat, answer_of, copycat, tokens_of
 
 from ml_assets.base_models.build import build_base
@@ -157,6 +157,61 @@ def test_the_official_client_sees_no_difference(site: Site) -> None:
         "top_p": 0.5,
         "seed": 7,
     }
+
+
+@pytest.mark.parametrize(
+    ("pieces", "ascii_only", "said"),
+    [
+        (["a\u2028b", "\x85c"], False, "a\u2028b\x85c"),
+        (["on it \ud83d", "\ude00 now"], True, "on it \U0001f600 now"),
+        (["on it \ud83d", " now \ud83d"], True, "on it \ufffd now \ufffd"),
+    ],
+    ids=["what ends a line elsewhere", "a character in two halves", "a half alone"],
+)
+def test_any_characters_may_come(
+    site: Site, monkeypatch: pytest.MonkeyPatch, pieces: list[str], ascii_only: bool, said: str
+) -> None:
+    async def chunks(*_: Any) -> AsyncIterator[str]:
+        choices = [{"index": 0, "delta": {"content": piece}, "finish_reason": None} for piece in pieces]
+        usage = {"prompt_tokens": 5, "completion_tokens": 3}
+        end = {"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}], "usage": usage}
+        for event in (*({"choices": [choice]} for choice in choices), end):
+            yield f"data: {json.dumps(event, ensure_ascii=ascii_only)}\r\n\r\n"
+        yield "data: [DONE]\n\n"
+
+    monkeypatch.setattr(Copycat, "_chunks", chunks)
+    answer = site.chat().json()
+    assert answer["choices"][0]["message"]["content"] == said
+    assert answer["usage"]["completion_tokens"] == 3
+    body = {"model": "home", "messages": QUESTION, "stream": True}
+    with site.http.stream("POST", "/v1/chat/completions", json=body) as response:
+        assert said_in(response.iter_lines()) == said
+
+
+def test_a_connection_that_nobody_uses_is_closed(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = site.app.state.engine
+    own = engine.served["home"].text
+    other = publish(site.world, site.provider, Examples((), 12), customization="other", seconds=4.0)
+    assert other.base_digest != site.released.base_digest
+    site.admin.stage(other)
+    text = engine.staged["other"].text
+    engine.discard("other")
+    _wait(lambda: text.http.is_closed, "the connection to be closed")
+    assert other.base_digest not in engine.hosted._texts
+
+    monkeypatch.setenv(KEY_NAME, "sk-newer")  # one that the provider does not know
+    with pytest.raises(GatewayError):
+        site.admin.stage(site.released)
+    _wait(lambda: site.released.base_digest not in engine.hosted._texts, "the refused key to be forgotten")
+    assert engine.served["home"].text is own and not own.http.is_closed
+    assert site.chat().status_code == 200
+
+
+def _wait(condition: Callable[[], bool], what: str) -> None:
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline, f"waited in vain for {what}"
+        time.sleep(0.01)
 
 
 def test_released_and_found_again(site: Site) -> None:

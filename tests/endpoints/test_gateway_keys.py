@@ -76,6 +76,14 @@ def test_bad_keys_are_not_made(
     assert keys.list_keys(ledger) == []
 
 
+@pytest.mark.parametrize("name", ["n" * 201, "a\0b"])
+def test_a_name_that_no_database_holds_is_refused(ledger: Ledger, name: str) -> None:
+    with pytest.raises(ValueError, match=r"^name .*: expected at most 200 characters without NUL"):
+        keys.create(ledger, ["*"], name=name)
+    assert keys.list_keys(ledger) == []
+    assert keys.create(ledger, ["*"], name="n" * 200)[1].name == "n" * 200
+
+
 @given(st.text())
 def test_any_text_is_only_refused(text: str) -> None:
     assert keys.authenticate(_shared, text) is None

@@ -10,7 +10,7 @@ import httpx
 import openai
 import pytest
 from fastapi import FastAPI
-from gateway_world import QUESTION, Made, World, gateway_in_thread
+from gateway_world import QUESTION, Made, World, gateway_in_thread, said_in
 from vllm_servers import SmallVllm, name_of, small_vllm, wait_for
 
 from ml_assets.endpoints.gateway import app as gateway_app
@@ -122,6 +122,30 @@ def test_it_answers_as_the_engine_of_the_process_does(one: Fleet, adapters: list
     health = httpx.get(f"{one.url}/healthz").json()
     assert health["status"] == "ready" and health["served"]["home"]["engine"] == "vllm"
     assert 'evergreen_vllm_replicas{customization="home"} 1.0' in httpx.get(f"{one.url}/metrics").text
+
+
+def test_an_answer_may_hold_what_ends_a_line_elsewhere(one: Fleet, adapters: list[Made]) -> None:
+    one.serve(adapters[0])
+    one.servers[0].says = said = "a\u2028b\x85c"
+    assert one.chat().json()["choices"][0]["message"]["content"] == said
+    body = {"model": "home", "messages": QUESTION, "stream": True}
+    with one.http.stream("POST", "/v1/chat/completions", json=body) as response:
+        assert said_in(response.iter_lines()) == said
+
+
+def test_the_tokenizer_of_a_base_that_nobody_uses_is_dropped(one: Fleet, adapters: list[Made]) -> None:
+    home, _, news = adapters
+    engine = one.app.state.engine.vllm
+    texts = engine._texts
+    for made in (home, news):
+        one.serve(made)
+    for made in (home, news):
+        assert list(texts) == [made.base_digest]
+        one.world.record(made, action="withdraw")
+        one.admin.activate(made.customization, None)
+        name = name_of(made)
+        wait_for(lambda name=name: name not in engine._adapters, "it to be forgotten")
+    wait_for(lambda: not texts, "the tokenizer to be dropped")
 
 
 def test_an_answer_ends_where_the_model_ends_its_turn(one: Fleet, adapters: list[Made]) -> None:

@@ -35,6 +35,7 @@ class Setting:
         candidate = made.release(mlflow_version=version, run_id=options.pop("run_id", f"run-{version}"))
         return release(
             candidate,
+            expected=self.world.ledger.current("home"),
             ledger=self.world.ledger,
             store=self.world.store,
             **({"gateway": self.client, "move_alias": self.move_alias} | options),
@@ -215,6 +216,41 @@ def test_another_release_in_between_stays(setting: Setting, adapters: list[Made]
     with pytest.raises(ReleaseFailed, match="another release came in between and stays"):
         setting.release(second, "2", gateway=overtaken)
     setting.serves(first, "3")
+
+
+@pytest.mark.parametrize("what", ["a new version", "only other settings"])
+def test_what_was_released_meanwhile_is_not_replaced(
+    setting: Setting, adapters: list[Made], what: str
+) -> None:
+    first, second, _ = adapters
+    setting.release(first)
+
+    class Slow(GatewayClient):
+        def stage(self, release: Release) -> Any:
+            setting.release(second, "2")
+            return super().stage(release)
+
+    slow = Slow(setting.client.url, setting.world.admin_key)
+    late = setting.world.adapter("home", 4) if what == "a new version" else first
+    with pytest.raises(ReleaseFailed, match=r"nothing changed: adapter .* was released meanwhile: mater"):
+        setting.release(late, "3", gateway=slow)
+    setting.serves(second, "2")
+
+
+def test_what_was_withdrawn_meanwhile_stays_away(setting: Setting, adapters: list[Made]) -> None:
+    first, second, _ = adapters
+    setting.release(first)
+
+    class Slow(GatewayClient):
+        def stage(self, release: Release) -> Any:
+            probed = super().stage(release)
+            setting.world.record(first, action="withdraw", run_id="by hand")
+            return probed
+
+    slow = Slow(setting.client.url, setting.world.admin_key)
+    with pytest.raises(ReleaseFailed, match="a withdrawal was released meanwhile"):
+        setting.release(second, "2", gateway=slow)
+    assert setting.world.ledger.current("home") is None
 
 
 def test_a_damaged_adapter_is_named(setting: Setting) -> None:

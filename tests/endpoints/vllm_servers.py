@@ -43,7 +43,7 @@ class SmallVllm:
     for that in another, `token_seconds` passes before every token, `break_after` tokens the connection
     breaks, `refuse` is the answer to a load, `status` the one to completions, `runtime_loras` and `mounted`
     say whether adapters can be loaded at all, and be seen; while it `hangs` it says nothing. `log` holds what
-    was asked, `open` how many answers are being given."""
+    was asked, `open` how many answers are being given; it answers what it `says`, if that is not empty."""
 
     def __init__(self, world: World, made: Made, *, served_name: str | None = None, api_key: str = ""):
         directory = world.home / "artifacts" / "base_model" / made.base_digest
@@ -63,6 +63,7 @@ class SmallVllm:
         self.runtime_loras = True
         self.mounted = True
         self.hangs = False
+        self.says = ""
         self.log: list[tuple[str, str]] = []
         self.open = 0
         self._lock = threading.Lock()
@@ -174,21 +175,23 @@ class SmallVllm:
                 return generate(self.base, [body["prompt"]], body["max_tokens"])[0]
 
         def chunk(tokens: list[int], reason: str | None) -> bytes:
-            choice: dict[str, Any] = {"index": 0, "text": "", "token_ids": tokens, "finish_reason": reason}
+            text = self.base.tokenizer.decode(tokens)
+            choice: dict[str, Any] = {"index": 0, "text": text, "token_ids": tokens, "finish_reason": reason}
             if self.tells_logprobs and "logprobs" in body:
                 choice["logprobs"] = {"token_logprobs": [-0.25 if reason == "stop" else -0.5] * len(tokens)}
-            return f"data: {json.dumps({'choices': [choice]})}\n\n".encode()
+            return f"data: {json.dumps({'choices': [choice]}, ensure_ascii=False)}\n\n".encode()
 
         self.open += 1
         try:
             completion = await run_in_threadpool(answer)
-            for i, token in enumerate(completion.token_ids):
+            tokens = self.base.tokenizer(self.says)["input_ids"] if self.says else completion.token_ids
+            for i, token in enumerate(tokens):
                 if self.break_after == i:
                     raise ConnectionError("told to break the connection")
                 await asyncio.sleep(self.token_seconds)
                 while self.hangs:
                     await asyncio.sleep(0.02)
-                last = i == len(completion.token_ids) - 1 and completion.finish_reason == "length"
+                last = i == len(tokens) - 1 and completion.finish_reason == "length"
                 yield chunk([token], "length" if last else None)
             if completion.finish_reason == "stop":
                 yield chunk(body["stop_token_ids"][:1], "stop")

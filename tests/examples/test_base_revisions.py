@@ -179,6 +179,20 @@ def test_publishing_exchanges_the_revision_at_once(made, tmp_path, evergreen_hom
     (tmp_path / "own").mkdir()
     with pytest.raises(FileExistsError, match="expected no file or folder there"):
         publish(made("minor"), tmp_path / "own")
+    (tmp_path / "link").symlink_to("own")
+    with pytest.raises(FileExistsError, match="or a link made by this program"):
+        publish(made("minor"), tmp_path / "link")
+    assert (tmp_path / "link").readlink() == Path("own")
+
+
+def test_what_is_published_is_a_copy(made, tmp_path):
+    kept = made("minor").directory
+    before = identity.identify(kept)
+    publish(made("minor"), tmp_path / "base")
+    with (tmp_path / "base" / "model.safetensors").open("r+b") as file:
+        file.seek(-8, 2)
+        file.write(b"\xff" * 8)
+    assert identity.identify(kept) == before != identity.identify(tmp_path / "base")
 
 
 def test_text_is_free_of_what_customizations_are_judged_by():

@@ -1,6 +1,7 @@
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 import zipfile
@@ -69,11 +70,15 @@ def test_written_as_people_write(rows):
                 assert wrong not in text, text
 
 
+@pytest.mark.parametrize("release", [RELEASE, OLD])
 @pytest.mark.parametrize("language", ["en", "de"])
-def test_the_release_understands_every_utterance_and_means_the_same_call(packages, language):
+def test_the_release_understands_every_utterance_and_means_the_same_call(packages, language, release):
     """Home Assistant's own recognizer, with the release's full grammar, is the judge."""
-    with zipfile.ZipFile(packages[RELEASE]) as archive:
-        grammar = json.loads(archive.read(f"home_assistant_intents/data/{language}.json"))
+    grammar = {"language": language} | source._read_release(Path(packages[release]), language)
+    with zipfile.ZipFile(packages[release]) as archive:
+        files = [name for name in archive.namelist() if name.endswith(f"/{language}.json")]
+        parts = [json.loads(archive.read(name)) for name in files]
+    grammar["skip_words"] = sorted({word for part in parts for word in part.get("skip_words", [])})
     words = json.loads((Path(source.__file__).parent / "words" / f"{language}.json").read_text())["lists"]
 
     def text(word) -> str:
@@ -92,7 +97,7 @@ def test_the_release_understands_every_utterance_and_means_the_same_call(package
             return str(one).strip().casefold() == str(other).strip().casefold()
         return one == other
 
-    for row in utterances(rows=150, seed=3, languages=[language], path=packages[RELEASE]):
+    for row in utterances(rows=250, seed=3, languages=[language], path=packages[release]):
         call = json.loads(row["call"])
         intent = f"Hass{call.pop('intent')}"
         readings = [
@@ -101,11 +106,26 @@ def test_the_release_understands_every_utterance_and_means_the_same_call(package
         ]
         assert any(
             name == intent
-            # a domain that is the same in all of an intent's templates is left out of the call
-            and set(slots) - {"domain"} <= set(call) <= set(slots)
+            # what is the same in all of an intent's templates is left out of the call: its domain, or 'all'
+            and {slot for slot, value in slots.items() if slot != "domain" and value != "all"} <= set(call)
+            and set(call) <= set(slots)
             and all(same(value, slots[slot]) for slot, value in call.items())
             for name, slots in readings
         ), (row, readings)
+
+
+def test_a_slot_that_only_some_templates_have_is_part_of_the_call(packages):
+    rows = utterances(rows=800, languages=["en"], path=packages[OLD])
+    doors = [row for row in rows if row["utterance"].removesuffix(" please").endswith("open the garage door")]
+    assert doors
+    for row in doors:
+        assert json.loads(row["call"])["device_class"] == "garage"
+
+
+def test_an_old_release_is_asked_in_its_own_words(packages):
+    texts = [row["utterance"] for row in utterances(rows=600, languages=["en"], path=packages[OLD])]
+    assert any(text.startswith("set ") for text in texts)
+    assert not any(re.search(r"\blamps\b|\bturn (up|down) the\b", text) for text in texts)
 
 
 def test_no_sentence_that_needs_the_microphones_room(rows):
@@ -146,6 +166,11 @@ def test_mistakes_are_named(packages):
         utterances(rows=10, intents=["Dance"], path=packages[RELEASE])
     with pytest.raises(ValueError, match=r"no language 'xx'; it has .*\ben\b"):
         utterances(rows=10, languages=["xx"], path=packages[RELEASE])
+    with pytest.raises(ValueError, match="expected a list of names, or shares by name"):
+        utterances(rows=10, languages="en", path=packages[RELEASE])  # type: ignore[arg-type]
+    for share in (0, -1):
+        with pytest.raises(ValueError, match=f"'de' has the share {share}; expected a number above 0"):
+            utterances(rows=10, languages={"en": 1, "de": share}, path=packages[RELEASE])
     with pytest.raises(ValueError, match="no words for language 'fr'; there are: de, en"):
         utterances(rows=10, languages=["fr"], path=packages[RELEASE])
     with pytest.raises(ValueError, match="100000 rows asked for, but 'en' gives only"):

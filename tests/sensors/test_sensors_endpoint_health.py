@@ -71,7 +71,7 @@ def world(evergreen_home: Path) -> World:
 
 def supervised() -> None:
     """As if this process were the supervisor."""
-    state = {"supervisor": identity(os.getpid()), "processes": {}}
+    state = {"urls": {}, "supervisor": identity(os.getpid()), "processes": {}}
     write_atomic(state_path(Settings.from_env()), json.dumps(state).encode())
 
 

@@ -5,6 +5,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from itertools import pairwise
 from pathlib import Path
@@ -68,6 +69,17 @@ def test_what_was_stored_is_read_in_order(log: TrafficLog) -> None:
         "home": Head("home", third, 3, 0, mine[2].at, 0, 0),
         "news": Head("news", log.requests("news")[0].seq or 0, 1, 0, other.at, 0, 0),
     }
+
+
+def test_how_often_each_customization_was_asked_lately(log: TrafficLog) -> None:
+    assert log.newest_times(3) == {}
+    home = [replace(record(), at=f"2026-01-0{day}T00:00:00+00:00") for day in (1, 2, 3, 4)]
+    news = [replace(record("news"), at=f"2026-01-0{day}T00:00:00+00:00") for day in (5, 6)]
+    log.append([home[0], news[0], *home[1:], news[1]], {"quiet": 7})
+    assert log.newest_times(3) == {"home": (3, home[1].at), "news": (2, news[0].at)}
+    assert {name: (len(log.newest(name, 3)), log.newest(name, 3)[0].at) for name in ("home", "news")} == (
+        log.newest_times(3)
+    )
 
 
 def test_an_append_can_be_repeated(log: TrafficLog) -> None:

@@ -16,14 +16,13 @@ from pathlib import Path
 
 from dagster import AssetKey, DagsterInstance
 
-from examples.base_revisions.revisions import make, publish
+from examples.base_revisions.revisions import make, publish, published
+from examples.demonstration import demonstrate
 from ml_assets.adapters.rungs import Climb
 from ml_assets.artifacts import ArtifactError, ArtifactRef, ArtifactStore, read_json
-from ml_assets.base_models.identity import BaseModelError
 from ml_assets.cli.demo import brought_up, clock
-from ml_assets.cli.supervisor import MODULE_VARIABLE, OperationError, print_urls
-from ml_assets.decisions.book import DecisionBook
-from ml_assets.downloads import DownloadError
+from ml_assets.cli.supervisor import MODULE_VARIABLE, OperationError, check_ports, is_running, print_urls
+from ml_assets.decisions.book import DecisionBook, History
 from ml_assets.endpoints.ledger import Ledger, Release
 from ml_assets.settings import Settings
 from ml_assets.spec import CustomizationSpec
@@ -35,6 +34,8 @@ SENSOR_SECONDS = "5"
 MIGRATION_SECONDS = 3600
 PAGE_SECONDS = 180
 """How long the migration, and the page after it, may take."""
+STOPPED = ("failed", "gave_up", "canceled", "dropped", "blocked_by_budget")
+"""States of a customization's newest decision after which it is not migrated."""
 
 
 @dataclass
@@ -57,23 +58,45 @@ def main() -> int:
     os.environ[MODULE_VARIABLE] = "examples.base_revisions.migration.definitions"
     os.environ[FOLLOWED] = str(followed)
     os.environ.setdefault("EVERGREEN_SENSOR_SECONDS", SENSOR_SECONDS)
-    try:
-        show("making the base and a minor revision of it (the first time, minutes)")
-        original = make("original", settings, log=show)
-        minor = make("minor", settings, log=lambda line: show(f"    {line}"))
-        publish(original, followed)
-        with brought_up(settings, Path(__file__).parent, show) as (specs, instance, urls):
-            migration = Migration(settings, specs, show)
-            show("publishing the minor revision in the directory that is followed")
-            publish(minor, followed)
-            moved = migration.watch()
-            page = migration.page(instance)
-            report(moved, page, urls, show)
-            print(f"\n`make down EVERGREEN_HOME={settings.home}` ends it.")
-    except (OperationError, BaseModelError, DownloadError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return demonstrate(settings, lambda: _demonstration(settings, followed, show))
+
+
+def _demonstration(settings: Settings, followed: Path, show: Callable[[str], None]) -> None:
+    earlier = published(followed)
+    if earlier is not None and not earlier.startswith("original-"):
+        # publishing the base once more would be news as well: everything would move back to it
+        print(already_moved(settings))
+        return
+    if not is_running(settings):
+        check_ports(settings)
+    show("making the base and a minor revision of it (the first time, minutes)")
+    original = make("original", settings, log=show)
+    minor = make("minor", settings, log=lambda line: show(f"    {line}"))
+    publish(original, followed)
+    with brought_up(settings, Path(__file__).parent, show) as (specs, instance, urls):
+        migration = Migration(settings, specs, show)
+        show("publishing the minor revision in the directory that is followed")
+        publish(minor, followed)
+        moved = migration.watch()
+        page = migration.page(instance)
+        report(moved, page, urls, show)
+        print(f"\n`make down EVERGREEN_HOME={settings.home}` ends it.")
+
+
+def already_moved(settings: Settings) -> str:
+    """What is served in a home where a newer revision was published before, and how to begin anew."""
+    with contextlib.closing(Ledger(settings.ledger_url)) as ledger:
+        serving = ledger.current_all()
+    lines = [f"{name} is served on {release.base_revision}" for name, release in sorted(serving.items())]
+    return "\n".join(
+        [
+            f"A newer revision was published in {settings.home} before:",
+            *(f"  {line}" for line in lines or ["nothing is served"]),
+            f"`make up EVERGREEN_HOME={settings.home}` goes on with it. To begin anew, give another",
+            "directory (`make demo-migration MIGRATION_HOME=…`), or run",
+            f"`make down EVERGREEN_HOME={settings.home}` and remove that one.",
+        ]
+    )
 
 
 class Migration:
@@ -89,6 +112,9 @@ class Migration:
         self.seen: set[str] = set()
         self.stay: set[str] = set()
         """Those whose candidates the gate did not accept."""
+        with self._book() as book:
+            self.earlier = {history.decision.id for history in book.migrations()}
+            self.earlier |= {climb.climb for climb in book.climbs()}
 
     def watch(self) -> list[Moved]:
         """Wait until every endpoint answers on the new revision, or stays because the gate says so; show what
@@ -114,7 +140,7 @@ class Migration:
         self.moved_at = time.time()
         store = ArtifactStore(self.settings.artifacts_url, self.settings.artifact_cache)
         with self._book() as book:
-            climbs = {climb.customization: climb for climb in reversed(book.climbs())}
+            climbs = {climb.customization: climb for climb in self._new_climbs(book)}
         for one in moved.values():
             one.climb = climbs.get(one.name)
             one.quality = quality(store, one.after.report_digest)
@@ -146,16 +172,21 @@ class Migration:
         with contextlib.closing(Ledger(self.settings.ledger_url)) as ledger:
             yield DecisionBook(ledger)
 
+    def _new_climbs(self, book: DecisionBook) -> list[Climb]:
+        """Oldest first."""
+        return [climb for climb in book.climbs() if climb.climb not in self.earlier]
+
     def _tell(self) -> str | None:
         """Show what is new in the book; what stopped a migration, if something did."""
         with self._book() as book:
-            histories, climbs = book.migrations(), book.climbs()
-        for climb in reversed(climbs):
+            histories = [h for h in reversed(book.migrations()) if h.decision.id not in self.earlier]
+            climbs = self._new_climbs(book)
+        for climb in climbs:
             if climb.climb not in self.seen:
                 self.seen.add(climb.climb)
                 for rung in climb.rungs:
                     self.show(f"    {climb.customization}, {rung.rung}: {rung.verdict}: {rung.reason[:160]}")
-        for history in reversed(histories):
+        for history in histories:
             state = f"{history.decision.id} {history.state}"
             if state not in self.seen:
                 self.seen.add(state)
@@ -166,8 +197,9 @@ class Migration:
                 if history.end and history.verdict in ("reject", "undecided"):
                     self.stay.add(name)
                     self.show(f"{name} stays where it is: the gate says {history.verdict}")
-        wrong = [h for h in histories if h.state in ("failed", "dropped", "blocked_by_budget", "rejected")]
-        return "; ".join(f"{h.decision.customization} {h.state}" for h in wrong) or None
+        # the next attempt is recorded together with the failure of the one before
+        newest: dict[str, History] = {history.decision.customization: history for history in histories}
+        return "; ".join(f"{name} {h.state}" for name, h in newest.items() if h.state in STOPPED) or None
 
 
 def quality(store: ArtifactStore, report_digest: str) -> dict[str, float | None]:

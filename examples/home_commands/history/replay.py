@@ -23,6 +23,7 @@ from typing import Any
 
 import httpx
 
+from examples.demonstration import demonstrate
 from examples.home_commands.history.picture import draw
 from examples.home_commands.source import utterances
 from ml_assets.artifacts import ArtifactRef, ArtifactStore
@@ -30,10 +31,12 @@ from ml_assets.cli.demo import brought_up, clock
 from ml_assets.cli.supervisor import MODULE_VARIABLE, OperationError, print_urls
 from ml_assets.datasets.feedback import same_answer
 from ml_assets.decisions.book import DecisionBook
+from ml_assets.downloads import wheel
 from ml_assets.endpoints.gateway import keys
 from ml_assets.endpoints.ledger import Ledger, Release
 from ml_assets.settings import Settings
 from ml_assets.spec import CustomizationSpec
+from ml_assets.traffic.store import TrafficLog
 
 NAME = "voice"
 HOUSEHOLDS = 20
@@ -98,18 +101,34 @@ def main() -> int:
     os.environ[MODULE_VARIABLE] = "examples.home_commands.history.definitions"
     os.environ.setdefault("EVERGREEN_SENSOR_SECONDS", SENSOR_SECONDS)
     settings, show = Settings.from_env(), clock()
-    try:
-        with brought_up(settings, Path(__file__).parent, show) as (specs, _, urls):
-            replay = Replay(settings, specs[0], urls["gateway"], show)
-            history = replay.run()
-            # not beside the comparison: two processes that compute with all cores take far longer together
-            replay.wait_for_look()
-            without = replay.without_maintenance(history)
-            report(settings, history, without, urls, show)
-    except OperationError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return demonstrate(settings, lambda: _demonstration(settings, show))
+
+
+def _demonstration(settings: Settings, show: Callable[[str], None]) -> None:
+    check_new(settings)
+    for release in dict.fromkeys(phase.release for phase in PHASES):
+        wheel(f"home-assistant-intents=={release}", settings)
+    with brought_up(settings, Path(__file__).parent, show) as (specs, _, urls):
+        replay = Replay(settings, specs[0], urls["gateway"], show)
+        history = replay.run()
+        # not beside the comparison: two processes that compute with all cores take far longer together
+        replay.wait_for_look()
+        without = replay.without_maintenance(history)
+        report(settings, history, without, urls, show)
+
+
+def check_new(settings: Settings) -> None:
+    """Raises OperationError when this was lived through before: the model would know what is to come."""
+    settings.home.mkdir(parents=True, exist_ok=True)
+    with contextlib.closing(Ledger(settings.ledger_url)) as ledger:
+        releases = len(ledger.history(NAME))
+    with contextlib.closing(TrafficLog(settings.traffic_url)) as log:
+        asked = NAME in log.heads()
+    if releases > 1 or asked:
+        raise OperationError(
+            f"{settings.home} has a history of {NAME!r} already; remove that directory (after `make down "
+            f"EVERGREEN_HOME={settings.home}`), or give another one: `make demo-drift DRIFT_HOME=…`"
+        )
 
 
 class Replay:

@@ -5,6 +5,7 @@ import asyncio
 import contextlib
 import json
 import logging
+import math
 import re
 import time
 import uuid
@@ -26,7 +27,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ml_assets.artifacts import ArtifactStore
 from ml_assets.endpoints.gateway import keys
-from ml_assets.endpoints.gateway.engine import Engine, Generation, Piece, Version
+from ml_assets.endpoints.gateway.engine import Asked, Engine, Generation, Piece, Version
 from ml_assets.endpoints.gateway.errors import ApiError
 from ml_assets.endpoints.gateway.hosted import HostedEngine
 from ml_assets.endpoints.gateway.metrics import Metrics
@@ -72,6 +73,14 @@ BODY_SECONDS = 30.0
 """Time that a client may take to send its request."""
 ADAPTER_HEADER = "x-evergreen-adapter"
 BASE_HEADER = "x-evergreen-base"
+DETAIL_IN_LOG = {
+    "artifact_error": "its artifact is damaged or incomplete (see the gateway's log)",
+    "cannot_load": "it can't be loaded (see the gateway's log)",
+    "vllm_refused": "a vLLM server refuses it (see the gateway's log)",
+}
+"""What everybody is told instead of errors that name paths and servers."""
+LEDGER_LOG_SECONDS = 60.0
+"""Between two lines in the log about a ledger that does not answer."""
 RESTORE_SECONDS = 5.0
 """Between two attempts to serve what has no vLLM server, or whose provider is away."""
 
@@ -304,9 +313,10 @@ async def _serve_again(engine: Engine, release: Release) -> bool:
     except ApiError as error:
         if name in engine.served or error.code == "overtaken":
             return True  # a release came in between
-        if engine.unserved.get(name) != error.message:
+        told = DETAIL_IN_LOG.get(error.code, error.message)
+        if engine.unserved.get(name) != told:
             log.error("%s is NOT SERVED: %s", name, error.message)
-        engine.unserved[name] = error.message
+        engine.unserved[name] = told
         return error.code not in ("no_replica", "provider_unavailable")
     return True
 
@@ -348,6 +358,7 @@ class _Call:
         self._id = f"chatcmpl-{uuid.uuid4().hex}"
         self._version: Version | None = None
         self._asked: ChatRequest | None = None
+        self._generation: Generation | None = None
         self._prompt_tokens = 0
         self._tokens = 0
         self._texts: list[str] = []
@@ -378,11 +389,13 @@ class _Call:
         return JSONResponse(body, headers=_identity(version))
 
     def end(self, status: int) -> None:
-        """Release the version, count the request and hand over its record."""
+        """Stop the generation, release the version, count the request and hand over its record."""
         if self._ended:
             return
         self._ended = True
         name = self._version.customization if self._version else "-"
+        if self._generation:  # it may not have begun, and its row must be gone before its adapter is
+            self._engine.cancel(self._generation)
         if self._version:
             self._engine.release(self._version)
         self._metrics.requests.labels(name, status).inc()
@@ -423,31 +436,40 @@ class _Call:
         self._traffic.put(record)
 
     async def _submit(self, version: Version, asked: ChatRequest) -> Generation:
+        deadline = self._engine.deadline(self._start, asked.timeout)
+        with self._engine.arriving(version):
+            put = await self._put(version, asked, deadline)
+            wanted = [asked.max_tokens, asked.max_completion_tokens]
+            limits = [version.max_new_tokens, max(1, version.text.context_length - put.tokens)]
+            generation = self._generation = self._engine.submit(
+                version,
+                put.prompt,
+                min(n for n in [*wanted, *limits] if n is not None),
+                temperature=asked.temperature or 0.0,
+                top_p=1.0 if asked.top_p is None else asked.top_p,
+                seed=asked.seed,
+                stops=asked.stops(),
+                deadline=deadline,
+                messages=put.messages,
+            )
+        self._prompt_tokens = put.tokens
+        return generation
+
+    async def _put(self, version: Version, asked: ChatRequest, deadline: float) -> Asked:
+        """What the model gets to read, once it is this request's turn."""
+        turn = version.text.turn
         try:
-            put = await run_in_threadpool(version.ask, [message.plain() for message in asked.messages])
+            async with asyncio.timeout_at(deadline):
+                await turn.acquire()
+        except TimeoutError:
+            raise Generation.too_late() from None
+        try:
+            return await run_in_threadpool(version.ask, [message.plain() for message in asked.messages])
         except jinja2.TemplateError as error:
             message = f"messages: the chat template of {version.base_revision} refuses them: {error}"
             raise ApiError(400, "invalid_messages", message, param="messages") from error
-        context = version.text.context_length
-        limit = min(version.max_prompt_tokens or context, context - 1)
-        if put.own > limit:
-            message = f"messages: {put.own} tokens, {version.customization!r} takes at most {limit}"
-            raise ApiError(413, "context_length_exceeded", message, param="messages")
-        wanted = [asked.max_tokens, asked.max_completion_tokens]
-        limits = [version.max_new_tokens, max(1, context - put.tokens)]
-        generation = self._engine.submit(
-            version,
-            put.prompt,
-            min(n for n in [*wanted, *limits] if n is not None),
-            temperature=asked.temperature or 0.0,
-            top_p=1.0 if asked.top_p is None else asked.top_p,
-            seed=asked.seed,
-            stops=asked.stops(),
-            seconds=asked.timeout,
-            messages=put.messages,
-        )
-        self._prompt_tokens = put.tokens
-        return generation
+        finally:
+            turn.release()
 
     async def _count(self, generation: Generation) -> AsyncIterator[Piece]:
         async for piece in generation:
@@ -491,7 +513,6 @@ class _Call:
             status = error.status
             yield _event(error.body())
         finally:
-            self._engine.cancel(generation)
             self.end(status)
 
     def _usage(self) -> dict[str, int]:
@@ -520,7 +541,8 @@ class _Stream(StreamingResponse):
 
 
 def _event(body: dict[str, Any]) -> bytes:
-    return b"data: " + json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+    # ASCII: many clients also end a line at U+2028 and others, which JSON may hold as they are
+    return b"data: " + json.dumps(body, separators=(",", ":")).encode() + b"\n\n"
 
 
 def _identity(version: Version) -> dict[str, str]:
@@ -610,6 +632,7 @@ class Guard:
         self._ledger = ledger
         self._metrics = metrics
         self._max_body_bytes = max_body_bytes
+        self._logged_at = -math.inf
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -636,13 +659,23 @@ class Guard:
             raise ApiError(401, "missing_api_key", message, headers={"WWW-Authenticate": "Bearer"})
         key = None
         if scheme.lower() == "bearer":
-            key = await run_in_threadpool(keys.authenticate, self._ledger, text.strip())
+            key = await self._known(text.strip())
         if key is None:
             message = "The API key is wrong, expired or revoked"
             raise ApiError(401, "invalid_api_key", message, headers={"WWW-Authenticate": "Bearer"})
         if access == "admin" and not key.is_admin:
             raise ApiError(403, "permission_denied", "This route needs an API key with the scope 'admin'")
         scope["evergreen.key"] = key
+
+    async def _known(self, key: str) -> keys.KeyInfo | None:
+        try:
+            return await run_in_threadpool(keys.authenticate, self._ledger, key)
+        except SQLAlchemyError as error:
+            if time.monotonic() - self._logged_at >= LEDGER_LOG_SECONDS:
+                self._logged_at = time.monotonic()
+                log.error("API keys can't be checked, the ledger does not answer: %s", error)
+            message = "API keys can't be checked now; try again in 5 s"
+            raise ApiError(503, "keys_not_available", message, headers={"Retry-After": "5"}) from None
 
     def _access(self, scope: Scope) -> Access:
         """The rule of the route that this request goes to. Unknown paths and methods need a key, too, before

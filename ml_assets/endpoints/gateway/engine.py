@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from ml_assets.artifacts import ArtifactError, ArtifactRef, ArtifactStore
 from ml_assets.endpoints.gateway.errors import ApiError
 from ml_assets.endpoints.gateway.live import KV_BYTES, PREFIX_BYTES, SHARE, Live
-from ml_assets.endpoints.gateway.text import Detokenizer, StopStrings
+from ml_assets.endpoints.gateway.text import Detokenizer, StopStrings, TrailingSpace
 from ml_assets.engine.examples import Examples, is_prompted, read_examples
 from ml_assets.engine.hosted import is_hosted
 from ml_assets.settings import EngineName, Settings
@@ -40,6 +40,10 @@ LOOK_SECONDS = 0.25
 """Between two looks at whether a training or an evaluation computes: beside it, one thread is used."""
 REQUEST_SECONDS = 300.0
 """Time that a request may take, waiting included."""
+PART = 8192
+"""Characters of a long prompt that are made tokens of at a time, to see whether it is too long."""
+CUT = 16
+"""Tokens of a part that the whole text might not have: they come from cutting it."""
 LABEL_ROWS = 32
 """Requests whose labels are scored in one pass."""
 ARTIFACT_SUFFIXES = {".json", ".safetensors", ".jinja", ".txt", ".model"}
@@ -59,6 +63,9 @@ class BaseText:
     tokenizer: Any
     context_length: int
     lock: threading.Lock = field(default_factory=threading.Lock)
+    turn: asyncio.Lock = field(default_factory=asyncio.Lock)
+    """Held by the request that is made tokens of: the others on this base wait without a thread, so that
+    keys, other bases and releases have theirs."""
 
     def encode(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         """Token ids of a conversation. Raises jinja2.TemplateError when the template refuses it."""
@@ -68,6 +75,20 @@ class BaseText:
     def count(self, messages: Sequence[Mapping[str, str]]) -> int:
         """Tokens of a conversation. Raises what `encode` raises."""
         return len(self.encode(messages))
+
+    def is_longer(self, messages: Sequence[Mapping[str, str]], limit: int) -> bool:
+        """Whether a conversation is so much longer than `limit` tokens that a part of it is, too: what is far
+        too long takes seconds to encode. Raises what `encode` raises."""
+        text, least = self.chat.prompt_text(messages), 0
+        if len(text) <= max(PART, 8 * limit):  # few texts have more characters a token
+            return False
+        for start in range(0, len(text), PART):
+            with self.lock:
+                ids = self.chat.tokenizer(text[start : start + PART], add_special_tokens=False)["input_ids"]
+            least += max(0, len(ids) - CUT)
+            if least > limit:
+                return True
+        return False
 
 
 @dataclass(eq=False)
@@ -111,6 +132,8 @@ class Version:
     """Where it answers by scoring labels: those, with their tokens."""
     fingerprint: dict[str, Any] = field(default_factory=dict)
     measured: dict[str, list[float]] = field(default_factory=dict)
+    arriving: int = 0
+    """Requests that are not queued yet: their prompts are made tokens of."""
     leases: int = 0
     retired: bool = False
     release: int = 0
@@ -125,6 +148,13 @@ class Version:
     def ready(self) -> LoadedBase:
         assert isinstance(self.loaded, LoadedBase), "a version of this process is leased once it is loaded"
         return self.loaded
+
+    @property
+    def longest_prompt(self) -> int:
+        """Tokens that a prompt may have, so that an answer finds room behind it."""
+        context = self.text.context_length
+        answer = max(map(len, self.labels.values()), default=1)
+        return min(self.max_prompt_tokens or context, context - answer)
 
     @property
     def verified(self) -> bool:
@@ -157,18 +187,29 @@ class Version:
 
     def ask(self, messages: Sequence[Mapping[str, str]]) -> Asked:
         """What the model gets to read; for any thread. Examples that leave no room for the answer are left
-        out. Raises jinja2.TemplateError when the chat template refuses the messages."""
-        conversation = self.conversation(messages)
+        out. Raises jinja2.TemplateError when the chat template refuses the messages, ApiError 413 when they
+        are too long."""
+        conversation, limit = self.conversation(messages), self.longest_prompt
+        if self.text.is_longer(conversation, limit):
+            raise self._too_long(f"more than {limit}")
         if self.hosted:
             own = self.text.count(conversation)
+            if own > limit:
+                raise self._too_long(own)
             conversation = self.shown(conversation)
             return Asked(conversation, [], self.text.count(conversation), own)
         prompt = self.text.encode(conversation)
         own = len(prompt)
+        if own > limit:
+            raise self._too_long(own)
         if self.examples:
             conversation = self.shown(conversation)
             prompt = self.text.encode(conversation)
         return Asked(conversation, prompt, len(prompt), own)
+
+    def _too_long(self, found: int | str) -> ApiError:
+        message = f"messages: {found} tokens, {self.customization!r} takes at most {self.longest_prompt}"
+        return ApiError(413, "context_length_exceeded", message, param="messages")
 
     def shown(self, conversation: Sequence[Mapping[str, str]]) -> list[Mapping[str, str]]:
         """A conversation, its system message included, with the examples that fit."""
@@ -229,6 +270,8 @@ class Generation:
 
         self._text = Detokenizer(decode)
         self._stops = StopStrings(stops)
+        self._trailing = TrailingSpace()
+        self._half = ""
         self._tokens = 0
         self._prompt_tokens: int | None = None
         self._logprob, self._logprobs = 0.0, 0  # their sum and number
@@ -268,6 +311,7 @@ class Generation:
         if finish_reason is not None and not self._stops.found:
             text += self._stops.push(self._text.finish())
             text += self._stops.finish()
+        text = self._trailing.push(text)
         if self._stops.found:
             finish_reason = "stop"
         self.finished = finish_reason is not None
@@ -276,21 +320,30 @@ class Generation:
             self._post(Piece(text, self._tokens, finish_reason, mean, self._prompt_tokens))
 
     def say(self, text: str) -> None:
-        """Take a piece of text of a hosted base."""
-        self._said.append(text)
+        """Take a piece of text of a hosted base. One that counts in UTF-16 may cut between the two halves of
+        a character: the first waits for the second."""
+        text = self._half + text
+        self._half = text[-1:] if "\ud800" <= text[-1:] <= "\udbff" else ""
+        text = text.removesuffix(self._half)
+        self._said.append(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
         self.feed(len(self._said) - 1, None)
 
     def end(self, finish_reason: str, prompt_tokens: int, answer_tokens: int) -> None:
         """Take the end of a hosted base's answer, with the tokens that it counted."""
+        if self._half:
+            self._half = ""
+            self.say("\ufffd")
         self._prompt_tokens, self._tokens = prompt_tokens, answer_tokens
-        self.feed(None, finish_reason)
+        if not self.finished:
+            self.feed(None, finish_reason)
 
     def choose(self, label: str, tokens: int, mean_logprob: float) -> None:
         """Take a whole answer."""
         self._tokens, self.finished = tokens, True
         self._post(Piece(self._stops.push(label) + self._stops.finish(), tokens, "stop", mean_logprob))
 
-    def too_late(self) -> ApiError:
+    @staticmethod
+    def too_late() -> ApiError:
         return ApiError(
             504, "deadline_exceeded", "the answer was not complete within the time of the request"
         )
@@ -441,6 +494,23 @@ class Engine:
 
     # -- requests --------------------------------------------------------------------------------------
 
+    def deadline(self, start: float, seconds: float | None) -> float:
+        """When a request that came at `start` (time.monotonic) ends: after `seconds`, or the engine's own
+        limit if that is less."""
+        return start + min(self.request_seconds, math.inf if seconds is None else seconds)
+
+    @contextlib.contextmanager
+    def arriving(self, version: Version) -> Iterator[None]:
+        """A request on its way to `submit` counts as waiting. Raises ApiError 429 when too many do."""
+        with self._changed:
+            self._refuse_when_full(version, version.arriving + len(self._waiting.get(version, ())))
+            version.arriving += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                version.arriving -= 1
+
     def submit(
         self,
         version: Version,
@@ -451,18 +521,15 @@ class Engine:
         top_p: float = 1.0,
         seed: int | None = None,
         stops: Sequence[str] = (),
-        seconds: float | None = None,
+        deadline: float = math.inf,
         messages: Sequence[Mapping[str, str]] = (),
     ) -> Generation:
         """Queue a request on a leased version. `prompt` and new tokens must fit the base's context; a hosted
-        base gets the `messages`. After `seconds`, or the engine's own limit if that is less, it fails with
-        ApiError 504.
+        base gets the `messages`. After `deadline` it fails with ApiError 504.
 
         Raises ApiError 429 when too many requests of this version wait already, 503 when no vLLM server
         has it.
         """
-        limit = self.request_seconds if seconds is None else min(seconds, self.request_seconds)
-        deadline = time.monotonic() + limit
         request = Generation(
             self, version, prompt, max_new_tokens, temperature, top_p, seed, stops, deadline, messages
         )
@@ -471,11 +538,7 @@ class Engine:
             return request
         with self._changed:
             waiting = self._waiting.setdefault(version, deque())
-            if len(waiting) >= self.max_queue:
-                after = self._pace.seconds(sum(map(len, self._waiting.values())))
-                message = f"{len(waiting)} requests for {version.customization!r} are waiting already; "
-                message += f"try again in {after} s"
-                raise ApiError(429, "queue_full", message, headers={"Retry-After": str(after)})
+            self._refuse_when_full(version, len(waiting))
             waiting.append(request)
             self._changed.notify_all()
         return request
@@ -496,6 +559,9 @@ class Engine:
             lengths = dict.fromkeys(self.served, 0)
             for version, waiting in self._waiting.items():
                 lengths[version.customization] = lengths.get(version.customization, 0) + len(waiting)
+            for version in self._alive:
+                if version.arriving:
+                    lengths[version.customization] = lengths.get(version.customization, 0) + version.arriving
             for remote in (self.vllm, self.hosted):
                 for version, n in (remote.waiting() if remote else {}).items():
                     lengths[version.customization] = lengths.get(version.customization, 0) + n
@@ -675,6 +741,15 @@ class Engine:
 
     # -- with the lock held ----------------------------------------------------------------------------
 
+    def _refuse_when_full(self, version: Version, waiting: int) -> None:
+        if waiting < self.max_queue:
+            return
+        after = self._pace.seconds(sum(map(len, self._waiting.values())))
+        after = min(after, math.ceil(self.request_seconds))  # then all of them have ended or expired
+        message = f"{waiting} requests for {version.customization!r} are waiting already; "
+        message += f"try again in {after} s"
+        raise ApiError(429, "queue_full", message, headers={"Retry-After": str(after)})
+
     def _retire(self, version: Version | None) -> None:
         if version is not None:
             version.retired = True
@@ -726,7 +801,11 @@ class Engine:
         from ml_assets.engine import hardware
 
         self._prepared.wait()
-        hardware.compute_alone()
+        try:
+            hardware.compute_alone()
+        except Exception:
+            # a pool whose initializer fails takes no work ever again; without, loading only disturbs more
+            log.exception("the loading thread computes with all cores")
 
     def _attach(self, version: Version, read: Any) -> None:
         base = version.ready.base
@@ -735,6 +814,8 @@ class Engine:
 
     def _detach(self, version: Version) -> None:
         if version.hosted:
+            if self.hosted is not None:
+                self.hosted.unload(version)
             return
         if version.engine == "vllm":
             with self._changed:
@@ -851,17 +932,25 @@ class Engine:
 
         start = time.monotonic()
         names, tokens = list(version.labels), list(version.labels.values())
-        prompts = [request.prompt for request in requests]
-        try:
+
+        def choose(requests: Sequence[Generation]) -> None:
+            prompts = [request.prompt for request in requests]
             adapters = [version.adapter_digest] * len(prompts)
             found = best_labels(version.ready.base, prompts, tokens, adapters)
+            for request, (label, score) in zip(requests, found, strict=True):
+                if not request.cancelled:
+                    mean = score / len(tokens[label])
+                    request.choose(names[label].strip(), len(tokens[label]) - 1, mean)
+
+        try:
+            choose(requests)
         except Exception as error:
-            self._fail(version, requests, error)
-            return
-        for request, (label, score) in zip(requests, found, strict=True):
-            if not request.cancelled:
-                mean = score / len(tokens[label])
-                request.choose(names[label].strip(), len(tokens[label]) - 1, mean)
+            log.warning("%s: %d requests failed together: %s", version.customization, len(requests), error)
+            for request in requests:  # the others must not fail for one that can't be answered
+                try:
+                    choose([request])
+                except Exception as its_own:
+                    self._fail(version, [request], its_own)
         self._pace.add(len(requests), len(requests), time.monotonic() - start)
 
     def _fail(self, version: Version, requests: Sequence[Generation], error: Exception) -> None:

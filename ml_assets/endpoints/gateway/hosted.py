@@ -7,6 +7,7 @@ allows and nothing of the answer was passed on. What a provider says is passed o
 
 import asyncio
 import concurrent.futures
+import contextlib
 import json
 import logging
 import math
@@ -23,7 +24,7 @@ import httpx
 from ml_assets.base_models.hosted import identity
 from ml_assets.endpoints.gateway.engine import BaseText, Generation, Version
 from ml_assets.endpoints.gateway.errors import ApiError
-from ml_assets.endpoints.gateway.remote import RemoteRequests
+from ml_assets.endpoints.gateway.remote import RemoteRequests, lines
 from ml_assets.engine.hosted import (
     Dialect,
     HostedError,
@@ -62,12 +63,16 @@ class HostedText(BaseText):
     manifest: Mapping[str, Any] = field(kw_only=True)
     http: httpx.AsyncClient = field(kw_only=True)
     slots: asyncio.Semaphore = field(kw_only=True)
+    users: set[Version] = field(default_factory=set)
 
     def encode(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         raise NotImplementedError("a hosted base's tokens are not known here")
 
     def count(self, messages: Sequence[Mapping[str, str]]) -> int:
         return estimate(self.manifest, messages)
+
+    def is_longer(self, messages: Sequence[Mapping[str, str]], limit: int) -> bool:
+        return False  # `count` takes no time
 
 
 class HostedEngine(RemoteRequests):
@@ -81,6 +86,7 @@ class HostedEngine(RemoteRequests):
         self._measured_at: weakref.WeakKeyDictionary[Version, float] = weakref.WeakKeyDictionary()
         self._calls: set[concurrent.futures.Future[Any]] = set()
         self._lock = threading.Lock()
+        self._closing: set[asyncio.Future[None]] = set()
         self._closed = False
 
     def start(self) -> None:
@@ -108,12 +114,17 @@ class HostedEngine(RemoteRequests):
         if adapter.get("base_identity") != base["identity"]:
             message = f"adapter {version.adapter_digest[:12]}: made for base {adapter.get('base_identity')}"
             raise ApiError(409, "incompatible_adapter", f"{message}, expected {base['identity']}")
-        version.loaded = self._call(self._text(version.base_digest, base))
+        version.loaded = self._call(self._text(version, base))
 
     def measure(self, version: Version) -> dict[str, list[float]]:
         """The tokens that the provider counts in the probes with the examples, and without. Raises ApiError:
         503 when it does not answer, 409 when it refuses, or lists another model by this name."""
         return self._call(self._measure(version))
+
+    def unload(self, version: Version) -> None:
+        """Forget a version that has no request any more; returns at once."""
+        with contextlib.suppress(RuntimeError):  # the loop is closed
+            self._loop.call_soon_threadsafe(self._forget, version)
 
     def _call(self, work: Coroutine[Any, Any, T]) -> T:
         with self._lock:
@@ -130,7 +141,8 @@ class HostedEngine(RemoteRequests):
             with self._lock:
                 self._calls.discard(future)
 
-    async def _text(self, digest: str, manifest: Mapping[str, Any]) -> HostedText:
+    async def _text(self, version: Version, manifest: Mapping[str, Any]) -> HostedText:
+        digest = version.base_digest
         source = HostedBase(**manifest["source"])
         try:
             provider = Provider.of(manifest["source"], Dialect.of(manifest["dialect"]), self._secret)
@@ -138,6 +150,7 @@ class HostedEngine(RemoteRequests):
             raise ApiError(409, "no_provider_key", str(error)) from None
         known = self._texts.get(digest)
         if known is not None and known.provider == provider:
+            known.users.add(version)
             return known
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=source.at_once)
         self._texts[digest] = HostedText(
@@ -150,8 +163,22 @@ class HostedEngine(RemoteRequests):
             manifest=manifest,
             http=httpx.AsyncClient(limits=limits, **provider.client_options),
             slots=asyncio.Semaphore(source.at_once),
+            users={version},
         )
         return self._texts[digest]
+
+    def _forget(self, version: Version) -> None:
+        text = version.loaded
+        if not isinstance(text, HostedText) or version not in text.users:
+            return
+        text.users.discard(version)
+        if text.users:
+            return
+        if self._texts.get(text.digest) is text:  # not one with a newer key
+            del self._texts[text.digest]
+        closing = asyncio.ensure_future(text.http.aclose())
+        self._closing.add(closing)
+        closing.add_done_callback(self._closing.discard)
 
     async def _measure(self, version: Version) -> dict[str, list[float]]:
         text = _text_of(version)
@@ -303,7 +330,7 @@ def _text_of(version: Version) -> HostedText:
 
 async def _chunks(provider: Provider, response: httpx.Response) -> AsyncIterator[dict[str, Any]]:
     """The events of a stream (server-sent events, WHATWG), up to its end."""
-    async for line in response.aiter_lines():
+    async for line in lines(response):
         if not line.startswith("data:"):
             continue
         data = line.removeprefix("data:").strip()

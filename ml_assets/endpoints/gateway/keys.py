@@ -20,6 +20,7 @@ from filelock import FileLock
 from ml_assets.endpoints.ledger import Ledger, api_keys, now
 from ml_assets.spec import NAME
 
+MOST_NAME = 200
 ADMIN = "admin"
 EVERY = "*"
 KEY = re.compile(r"evg_([0-9a-f]{8})_[A-Za-z0-9_-]{43}", re.ASCII)
@@ -61,14 +62,16 @@ def create(
 ) -> tuple[str, KeyInfo]:
     """A new key: (the key, to be shown once; what is known about it).
 
-    Raises ValueError for a scope that is no customization name, `*` or `admin`, for no scope, and for an
-    expiry without time zone or in the past.
+    Raises ValueError for a scope that is no customization name, `*` or `admin`, for no scope, for a name that
+    the database can't hold, and for an expiry without time zone or in the past.
     """
     if not scopes:
         raise ValueError("expected at least one scope: a customization name, '*' or 'admin'")
     for scope in scopes:
         if scope != EVERY and not re.fullmatch(NAME, scope):
             raise ValueError(f"scope {scope!r}: expected a customization name, '*' or 'admin'")
+    if len(name) > MOST_NAME or "\0" in name:
+        raise ValueError(f"name {name[:MOST_NAME]!r}: expected at most {MOST_NAME} characters without NUL")
     if expires_at is not None:
         if expires_at.tzinfo is None:
             raise ValueError(f"expires_at {expires_at}: expected a time zone")

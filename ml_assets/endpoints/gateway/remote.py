@@ -2,10 +2,25 @@
 
 import asyncio
 import math
+from collections.abc import AsyncIterator
 from types import TracebackType
+
+import httpx
 
 from ml_assets.endpoints.gateway.engine import Generation, Version
 from ml_assets.endpoints.gateway.errors import ApiError
+
+
+async def lines(response: httpx.Response) -> AsyncIterator[str]:
+    """The lines of a stream of server-sent events. httpx's own `aiter_lines` also ends them at U+2028, U+2029
+    and U+0085, which JSON holds as they are."""
+    rest = b""
+    async for data in response.aiter_bytes():
+        *whole, rest = (rest + data).split(b"\n")
+        for line in whole:
+            yield line.rstrip(b"\r").decode("utf-8", "replace")
+    if rest:
+        yield rest.rstrip(b"\r").decode("utf-8", "replace")
 
 
 class Stoppable:

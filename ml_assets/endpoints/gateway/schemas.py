@@ -9,12 +9,14 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from ml_assets.settings import EngineName
+from ml_assets.spec import NAME
 
 MAX_MESSAGES = 1000
 MAX_STOPS = 4
 MAX_METADATA, MAX_METADATA_KEY, MAX_METADATA_VALUE = 16, 64, 512
 MAX_RIGHT_ANSWER = 32_768
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Name = Annotated[str, Field(pattern=NAME)]
 
 
 class Body(BaseModel):
@@ -29,11 +31,17 @@ class TextPart(Body):
 
 
 class Message(Body):
-    """One turn. `developer` is another word for `system`."""
+    """One turn. `developer` is another word for `system`. What an answer may have besides its text is taken
+    where it is empty, as OpenAI's client sends it back."""
 
     role: Literal["system", "developer", "user", "assistant"]
     content: str | list[TextPart]
     name: str | None = None
+    refusal: None = None
+    annotations: Annotated[list[Any], Field(max_length=0)] | None = None
+    audio: None = None
+    function_call: None = None
+    tool_calls: None = None
 
     def plain(self) -> dict[str, str]:
         """{"role", "content"} as chat templates know it."""
@@ -52,7 +60,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "frequency_penalty": (0, 0.0),
     "presence_penalty": (0, 0.0),
     "logprobs": (False,),
-    "top_logprobs": (),
+    "top_logprobs": (0,),
     "logit_bias": ({},),
     "response_format": ({"type": "text"},),
     "modalities": (["text"],),
@@ -158,7 +166,7 @@ class FeedbackRequest(Body):
 class StageRequest(Body):
     """POST /admin/stage: load this version beside what serves."""
 
-    customization: str
+    customization: Name
     base_revision: str
     base_digest: Digest
     adapter_digest: Digest
@@ -171,11 +179,11 @@ class ActivateRequest(Body):
     """POST /admin/activate: follow the ledger. `adapter_digest` is what the caller thinks it says now; null
     when the customization was withdrawn."""
 
-    customization: str
+    customization: Name
     adapter_digest: Digest | None
 
 
 class CustomizationRequest(Body):
     """POST /admin/discard and /admin/probe."""
 
-    customization: str
+    customization: Name

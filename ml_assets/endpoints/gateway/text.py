@@ -6,8 +6,8 @@ _INCOMPLETE = "\ufffd"
 
 
 class Detokenizer:
-    """Decodes a growing answer. The pieces of `push` and `finish` joined are `decode` of all tokens, stripped
-    of outer white space.
+    """Decodes a growing answer. The pieces of `push` and `finish` joined are `decode` of all tokens, without
+    the white space it begins with.
 
     A token may end inside a character, so text is held back until its last character is whole. Only the
     tokens since the last but one boundary are decoded again (some tokenizers need a token before to tell
@@ -19,7 +19,6 @@ class Detokenizer:
         self._ids: list[int] = []
         self._from = 0
         self._to = 0
-        self._blank = ""
         self._started = False
 
     def push(self, token: int) -> str:
@@ -29,24 +28,35 @@ class Detokenizer:
         if not new or new.endswith(_INCOMPLETE):
             return ""
         self._from, self._to = self._to, len(self._ids)
-        return self._outer(new)
+        return self._begun(new)
 
     def finish(self) -> str:
         """The rest: bytes that never became a character."""
-        return self._outer(self._new())
+        return self._begun(self._new())
 
     def _new(self) -> str:
         before = self._decode(self._ids[self._from : self._to])
         return self._decode(self._ids[self._from :])[len(before) :]
 
-    def _outer(self, text: str) -> str:
-        """`text` without white space at the start of the answer; that at the end waits for what follows."""
-        text = self._blank + text
+    def _begun(self, text: str) -> str:
+        """`text` without white space at the start of the answer."""
         if not self._started:
             text = text.lstrip()
+        self._started = self._started or bool(text)
+        return text
+
+
+class TrailingSpace:
+    """Holds white space back until something follows it, so that an answer does not end in it. It comes after
+    the stop strings, which may be white space themselves."""
+
+    def __init__(self) -> None:
+        self._blank = ""
+
+    def push(self, text: str) -> str:
+        text = self._blank + text
         kept = text.rstrip()
         self._blank = text[len(kept) :]
-        self._started = self._started or bool(kept)
         return kept
 
 

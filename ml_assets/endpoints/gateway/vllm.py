@@ -27,7 +27,7 @@ import httpx
 from ml_assets.artifacts import read_json
 from ml_assets.endpoints.gateway.engine import BaseText, Generation, Version
 from ml_assets.endpoints.gateway.errors import ApiError
-from ml_assets.endpoints.gateway.remote import RemoteRequests, Stoppable
+from ml_assets.endpoints.gateway.remote import RemoteRequests, Stoppable, lines
 from ml_assets.engine.examples import is_prompted
 
 LOAD_SECONDS = 600.0
@@ -175,9 +175,8 @@ class VllmEngine(RemoteRequests):
         name = adapter_name(version)
         record = _Adapter(name, version.base_revision, adapter.absolute(), version, probes, {version}, bare)
         context = self._call(self._load(record))
-        version.loaded = BaseText(
-            text.digest, text.chat, text.tokenizer, min(text.context_length, context), text.lock
-        )
+        shortest = min(text.context_length, context)
+        version.loaded = BaseText(text.digest, text.chat, text.tokenizer, shortest, text.lock, text.turn)
 
     def measure(self, version: Version) -> dict[str, list[float]]:
         """The fingerprint measured on every replica that has the adapter: that of the worst one. A replica
@@ -275,6 +274,8 @@ class VllmEngine(RemoteRequests):
         if adapter.users:
             return
         del self._adapters[adapter.name]
+        if not any(one.version.base_digest == version.base_digest for one in self._adapters.values()):
+            self._texts.pop(version.base_digest, None)
         for replica in self.replicas:
             replica.ready.discard(adapter.name)
             if adapter.bare:
@@ -637,7 +638,7 @@ class VllmEngine(RemoteRequests):
                 if not response.is_success:
                     await response.aread()
                     self._check(replica, path, response)
-                async for line in response.aiter_lines():
+                async for line in lines(response):
                     if not line.startswith("data: {"):
                         continue
                     chunk = json.loads(line.removeprefix("data: "))
