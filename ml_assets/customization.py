@@ -11,7 +11,7 @@ import yaml
 from dagster._core.definitions.definitions_load_context import DefinitionsLoadContext, DefinitionsLoadType
 from dagster._core.definitions.unresolved_asset_job_definition import UnresolvedAssetJobDefinition
 from dagster._utils.schedules import is_valid_cron_string
-from dagster._vendored.croniter import CroniterBadDateError, croniter
+from dagster._vendored.croniter.croniter import CroniterBadDateError, croniter
 from pydantic import BaseModel, GetJsonSchemaHandler, RootModel
 
 from ml_assets.adapters.asset import build_adapter_asset

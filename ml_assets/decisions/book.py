@@ -685,7 +685,7 @@ def _reserved_by(connection: sa.Connection, price: float) -> dict[str, Spent]:
         .group_by(_claims.c.customization, _decisions.c.id, _decisions.c.body)
     )
     found: dict[str, Spent] = {}
-    for name, body, seconds, money in connection.execute(query):
+    for name, body, seconds, money in map(tuple, connection.execute(query)):
         planned = json.loads(body)
         wanted = planned["device_seconds"] or 0.0
         # what a decision costs counts what a provider is paid

@@ -185,7 +185,8 @@ def test_what_a_killed_supervisor_left_is_ended_but_no_stranger(settings):
             "a": identity(left.pid),
             "b": identity(stranger.pid) | {"evergreen/process_started": "1"},
         }
-        module.state_path(settings).write_text(json.dumps({"processes": processes}))
+        state = {"urls": {}, "supervisor": processes["b"], "processes": processes}
+        module.state_path(settings).write_text(json.dumps(state))
         end_leftovers(settings)
         wait_for(lambda: left.poll() is not None)
         assert stranger.poll() is None
