@@ -37,9 +37,10 @@ CLAIMS, SKETCH = 200, 2048
 compared: no single key can make a build run out of time or memory."""
 ALIKE, LONGEST = 0.75, 1024
 """Inputs are alike from this share of the source's trigrams; characters up to which they are looked at."""
-LEEWAY, UNUSUAL = 2, 0.005
+LEEWAY, UNUSUAL, FEW = 2, 0.005, 5
 """A key may answer otherwise than the source does for the inputs most like its own: so many times as often as
-the source itself does; and beyond that all keys together so many rows, as a share of the source's."""
+the source itself does. Beyond that all keys together may so many rows, as a share of the source's rows and of
+all such answers, or these few: a flood is no larger for a large source."""
 
 
 @dataclass(frozen=True)
@@ -440,7 +441,7 @@ def _within_doubt(
     given, doubted = (Counter(claim.said.key_id for claim in some) for some in (claims, doubtful))
     usual = LEEWAY * source.usual_doubt()
     most = {key: int(usual * (given[key] - doubted[key])) for key in doubted}
-    more = int(UNUSUAL * len(source.inputs))
+    more = max(FEW, int(UNUSUAL * min(len(source.inputs), len(doubtful))))
     taken: Counter[str] = Counter()
     gone: set[int] = set()
     for claim in sorted(
