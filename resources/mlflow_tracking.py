@@ -100,6 +100,8 @@ def ensure_store(uri: str, artifact_root: str | None = None) -> None:
         finally:
             engine.dispose()
         root = artifact_root or str(path.parent / "artifacts")
+        # MLflow keeps its connections for as long as the process lives: to a file that was removed, too
+        SqlAlchemyStore._get_or_create_engine(uri).dispose()
         SqlAlchemyStore(uri, root)
         if Path(root).resolve() == (path.parent / "artifacts").resolve():
             with contextlib.closing(sqlite3.connect(path, timeout=20)) as connection, connection:

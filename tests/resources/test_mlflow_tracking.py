@@ -1,3 +1,4 @@
+import contextlib
 import json
 import math
 import os
@@ -430,6 +431,16 @@ def test_files_that_a_person_keeps_elsewhere_stay_there(tmp_path):
     ensure_store(f"sqlite:///{store}", str(tmp_path / "other"))
     with sqlite3.connect(store) as connection:
         assert connection.execute("SELECT artifact_location FROM experiments").fetchall() == [(f"{files}/0",)]
+
+
+def test_a_store_that_was_removed_is_made_anew_by_the_same_process(tmp_path):
+    store = tmp_path / "mlflow" / "mlflow.db"
+    for _ in range(2):
+        ensure_store(f"sqlite:///{store}")
+        with contextlib.closing(sqlite3.connect(store)) as connection:
+            (location,) = connection.execute("SELECT artifact_location FROM experiments").fetchone()
+        assert location.startswith(str(store.parent))
+        shutil.rmtree(store.parent)
 
 
 def test_ensure_store_leaves_other_stores_alone(tmp_path, monkeypatch):
