@@ -143,8 +143,10 @@ def build_adapter_asset(spec: CustomizationSpec, root: Path) -> dg.AssetsDefinit
                     inputs = plan_update(inputs, store, serving.adapter, policy.replay, policy.update_layers)
                     update = inputs.update
                     assert update is not None
+                    again = f", {len(update.drilled)} failures again" if update.drilled else ""
                     context.log.info(
                         f"from {serving.adapter}: {len(update.new)} new rows, {len(update.replayed)} old ones"
+                        f"{again}"
                     )
                 else:
                     inputs, choice = resolve_kind(inputs, store, settings.home, context.log.info)

@@ -13,13 +13,14 @@ from typing import Any
 from ml_assets.adapters.recipe import resolve_targets
 from ml_assets.adapters.train import AdapterInputs
 from ml_assets.artifacts import ArtifactRef, ArtifactStore, read_json, sha256_bytes
+from ml_assets.datasets.failures import drilled
 from ml_assets.datasets.snapshot import load_rows
 from ml_assets.engine.examples import is_prompted
 from ml_assets.spec import AdapterRecipe, CustomizationSpec, PromptSpec
 
 Row = Mapping[str, Any]
 
-UPDATE_VERSION = "2"
+UPDATE_VERSION = "3"
 """Raise when the same inputs would give other rows."""
 CHOICES = 16
 """A field of the answers with at most so many different values is a choice that tells kinds of rows apart."""
@@ -33,7 +34,8 @@ class NoUpdate(ValueError):
 
 @dataclass(frozen=True)
 class Update:
-    """An incremental update. `generation` counts the updates since the last training from scratch."""
+    """An incremental update. `generation` counts the updates since the last training from scratch; `drilled`
+    are failures in production, once more for each time that they are seen again."""
 
     parent: ArtifactRef
     parent_directory: Path
@@ -42,11 +44,12 @@ class Update:
     layers: float
     new: Sequence[Row]
     replayed: Sequence[Row]
+    drilled: Sequence[Row] = ()
 
     @property
     def rows(self) -> list[Row]:
         """What is trained on, sorted by `_row`."""
-        return sorted([*self.new, *self.replayed], key=lambda row: row["_row"])
+        return sorted([*self.new, *self.replayed, *self.drilled], key=lambda row: row["_row"])
 
     def identity(self) -> dict[str, Any]:
         """What goes into the input key beside the dataset."""
@@ -66,7 +69,8 @@ def plan_update(
     layers: float,
 ) -> AdapterInputs:
     """Inputs of an update of `parent` to the dataset of `inputs`: its training rows that the parent was not
-    trained on, and a share `replay` of those that it was (`sample_old`). Of the layers only a share, from the
+    trained on, a share `replay` of those that it was (`sample_old`), and again those that failed in production,
+    which the gate holds it to. Of the layers only a share, from the
     last, changes: less is forgotten, and a pass is cheaper (Lee et al. 2019, arXiv 1911.03090). The recipe is
     taken as it is: see `update_recipe`.
 
@@ -92,9 +96,9 @@ def plan_update(
     replayed = sample_old(old, spec.evaluation.segments, spec.prompt.target, replay, seed=parent.digest)
     generation = (manifest.get("update") or {}).get("generation", 0) + 1
     spec = spec.model_copy(update={"adapter": spec.adapter.model_copy(update={"kind": recipe.kind})})
-    return replace(
-        inputs, spec=spec, update=Update(parent, directory, generation, replay, layers, new, replayed)
-    )
+    again = drilled(rows, spec.feedback.must_pass)
+    update = Update(parent, directory, generation, replay, layers, new, replayed, again)
+    return replace(inputs, spec=spec, update=update)
 
 
 def update_recipe(spec: CustomizationSpec) -> CustomizationSpec:

@@ -22,9 +22,11 @@ def input_key(
     training_version: str,
     update: Mapping[str, Any] | None = None,
     port: Mapping[str, Any] | None = None,
+    must_pass: int = 0,
 ) -> str:
     """64 hex: the hash of all that goes into a training. Equal keys need no second training. `update` names
-    what an incremental update goes on from, `port` how an adapter comes from another base."""
+    what an incremental update goes on from, `port` how an adapter comes from another base, `must_pass` how
+    many production failures get more of the training."""
     parts: dict[str, Any] = {
         "customization": spec.name,
         "base_identity": base_identity,
@@ -39,6 +41,8 @@ def input_key(
         parts["update"] = update
     if port is not None:
         parts["port"] = port
+    if must_pass:
+        parts["must_pass"] = must_pass
     return sha256_bytes(canonical_json(parts))
 
 
@@ -57,6 +61,7 @@ def build_manifest(
     labels: list[str],
     update: "Update | None" = None,
     port: Mapping[str, Any] | None = None,
+    must_pass: int = 0,
 ) -> dict[str, Any]:
     """The adapter's manifest.json. It holds nothing that differs between two trainings of the same inputs on
     the same hardware class: times and costs are in the artifact store's index record."""
@@ -91,6 +96,7 @@ def build_manifest(
         if update
         else None,
         **({"port": dict(port)} if port else {}),
+        "must_pass": must_pass,
         "steps": steps,
         "trained_tokens": trained_tokens,
         "input_key": key,

@@ -29,6 +29,7 @@ def reproduce_inputs(
         update={
             "prompt": PromptSpec(**manifest["prompt"]),
             "adapter": AdapterRecipe(**manifest["recipe"]),
+            "feedback": spec.feedback.model_copy(update={"must_pass": manifest.get("must_pass", 0)}),
         }
     )
     inputs = open_inputs(then, store, base_model, ArtifactRef("dataset", manifest["dataset"]))

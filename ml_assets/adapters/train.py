@@ -18,6 +18,7 @@ from ml_assets.adapters.recipe import (
     training_examples,
 )
 from ml_assets.artifacts import ArtifactError, ArtifactRef, ArtifactStore, canonical_json, read_json
+from ml_assets.datasets.failures import drilled
 from ml_assets.datasets.snapshot import load_rows
 from ml_assets.spec import CustomizationSpec
 
@@ -55,7 +56,15 @@ class AdapterInputs:
         identity = self.base_manifest["identity"]
         update = self.update.identity() if self.update else None
         port = self.port.identity() if self.port else None
-        return input_key(self.spec, identity, self.dataset_digest, TRAINING_VERSION, update, port)
+        return input_key(
+            self.spec, identity, self.dataset_digest, TRAINING_VERSION, update, port, self.must_pass
+        )
+
+    @property
+    def must_pass(self) -> int:
+        """Production failures that the gate may hold the adapter to; 0 where the dataset has no feedback."""
+        told = read_json(self.dataset_directory / "manifest.json").get("feedback")
+        return self.spec.feedback.must_pass if told else 0
 
 
 @dataclass(frozen=True)
@@ -136,7 +145,7 @@ def train_adapter(
         if inputs.port:
             prepared = prepare(inputs, inputs.port, base, store, home, reuse)
         else:
-            chosen = inputs.update.rows if inputs.update else rows
+            chosen = inputs.update.rows if inputs.update else [*rows, *drilled(rows, inputs.must_pass)]
             start = inputs.update.parent_directory if inputs.update else None
             prepared = Prepared(start, training_examples(base, spec.prompt, chosen), spec.adapter, None)
         if inputs.port and inputs.port.rung == "copy":
@@ -170,6 +179,7 @@ def train_adapter(
             labels=labels,
             update=inputs.update,
             port=_ported(inputs, prepared, result),
+            must_pass=inputs.must_pass,
         )
         (staging / "manifest.json").write_bytes(canonical_json(manifest) + b"\n")
         ref = store.publish_directory(KIND, staging)

@@ -65,8 +65,10 @@ def small_base(store: ArtifactStore, seed: int = 0) -> ArtifactRef:
         return store.publish_directory("base_model", directory)
 
 
-def small_dataset(store: ArtifactStore, rows: int = 40, target: str | None = None) -> ArtifactRef:
-    """A dataset artifact as `ml_assets.datasets` publishes it."""
+def small_dataset(
+    store: ArtifactStore, rows: int = 40, target: str | None = None, told: int = 0
+) -> ArtifactRef:
+    """A dataset artifact as `ml_assets.datasets` publishes it; the last `told` rows came from feedback."""
     places = ["kitchen", "bedroom", "hall", "cellar", "garden"]
     table = [
         {
@@ -74,6 +76,7 @@ def small_dataset(store: ArtifactStore, rows: int = 40, target: str | None = Non
             "meant": target or json.dumps({"on": bool(i % 2), "area": places[i % 5]}),
             "_row": sha256_bytes(str(i).encode()),
             "_split": "train" if i % 5 else "evaluation",
+            **({"_origin": "feedback" if i >= rows - told else "source", "_said": str(i)} if told else {}),
         }
         for i in range(rows)
     ]
@@ -81,7 +84,8 @@ def small_dataset(store: ArtifactStore, rows: int = 40, target: str | None = Non
     with store.staging("dataset") as directory:
         pq.write_table(pa.Table.from_pylist(table), directory / "rows.parquet")
         counts = {side: sum(row["_split"] == side for row in table) for side in ("train", "evaluation")}
-        (directory / "manifest.json").write_text(json.dumps({"rows": counts}))
+        feedback = {"feedback": {"given": told}} if told else {}
+        (directory / "manifest.json").write_text(json.dumps({"rows": counts} | feedback))
         return store.publish_directory("dataset", directory)
 
 

@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,8 +16,10 @@ from ml_assets.adapters.incremental import NoUpdate, answer_kinds, plan_update, 
 from ml_assets.adapters.reproduce import compare, reproduce_inputs
 from ml_assets.adapters.train import AdapterInputs, TrainedAdapter, open_inputs, train_adapter
 from ml_assets.artifacts import ArtifactRef, ArtifactStore, read_json
+from ml_assets.datasets.failures import DRILL
 from ml_assets.datasets.snapshot import load_rows
 from ml_assets.engine.lora import place
+from ml_assets.spec import CustomizationSpec
 
 
 @pytest.fixture
@@ -52,6 +55,40 @@ def test_it_trains_on_new_rows_and_a_share_of_the_old(
     assert planned.key != grown.key
     assert planned.key != plan_update(grown, store, champion.ref, 0.0, 0.5).key
     assert planned.key != plan_update(grown, store, champion.ref, 0.25, 1.0).key
+
+
+def test_what_failed_in_production_is_seen_more_often_and_so_reproduced(
+    evergreen_home: Path, store: ArtifactStore, base_model: ArtifactRef, champion: TrainedAdapter
+) -> None:
+    told = open_inputs(small_spec(), store, base_model, small_dataset(store, 60, told=6))
+    fewer = replace(told, spec=spec_with(must_pass=2))
+    update = plan_update(told, store, champion.ref, 0.0, 0.5).update
+    assert update is not None
+    seen = Counter(json.loads(row["meant"])["area"] + row["said"] for row in update.rows)
+    failed = [row for row in update.new if row["_origin"] == "feedback"]
+    assert 0 < len(failed) < len(update.new)
+    for row in update.new:
+        times = 1 + DRILL * (row in failed)
+        assert seen[json.loads(row["meant"])["area"] + row["said"]] == times
+    few = plan_update(fewer, store, champion.ref, 0.0, 0.5)
+    assert few.update and len(few.update.drilled) == 2 * DRILL
+    assert few.key != plan_update(told, store, champion.ref, 0.0, 0.5).key
+
+    # a training from scratch as well; without feedback the number is no part of what it is
+    plain = replace(inputs_on(store, base_model, 60), spec=spec_with(must_pass=2))
+    assert plain.key == inputs_on(store, base_model, 60).key
+    assert fewer.key != told.key
+    for inputs in (few, fewer):
+        trained = train_adapter(inputs, store, evergreen_home)
+        # the YAML says something else by now
+        again, manifest = reproduce_inputs(small_spec(), store, trained.ref, base_model)
+        assert manifest["must_pass"] == 2 and again.key == inputs.key
+        repeated = train_adapter(again, store, evergreen_home, reuse=False)
+        assert all(compare(store.open(trained.ref), store.open(repeated.ref)).values())
+
+
+def spec_with(**feedback: int) -> CustomizationSpec:
+    return CustomizationSpec.model_validate(small_spec().model_dump() | {"feedback": feedback})
 
 
 def test_it_starts_where_the_champion_is_and_can_be_reproduced(

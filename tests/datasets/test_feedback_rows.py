@@ -421,7 +421,7 @@ def test_same_answer() -> None:
 
 
 def test_failures_in_production_are_remembered_newest_first(tmp_path: Path, store: ArtifactStore) -> None:
-    from ml_assets.datasets.failures import production_failures
+    from ml_assets.datasets.failures import DRILL, drilled, production_failures
 
     said = Said()
     for text in NEW[:6]:
@@ -434,6 +434,7 @@ def test_failures_in_production_are_remembered_newest_first(tmp_path: Path, stor
     numbers = [int(row["_said"]) for row in failures]
     assert numbers == sorted(numbers, reverse=True)
     assert production_failures(rows, 2) == failures[:2] and production_failures(rows, 0) == []
+    assert drilled(rows, 2) == [row for row in failures[:2] for _ in range(DRILL)] and drilled(rows, 0) == []
     said.add(NEW[6], "on")
     later = production_failures(rows_of(store, build(tmp_path, store, said)), 20)
     assert {row["_row"] for row in failures} <= {row["_row"] for row in later}

@@ -38,14 +38,15 @@ def test_the_report_tells_the_history(
             history.happened("promotion", "c0ffee" * 10)
         adapter = "c0ffee" * 10 if i >= 60 else "a" * 60
         row = {"language": "de" if i % 2 else "en"}
-        history.turns.append(Turn(0, row, adapter=adapter, right=i < 50 or i >= 60))
+        history.turns.append(Turn(int(i >= 50), row, adapter=adapter, right=i < 50 or i >= 60))
     without = [i < 50 for i in range(100)]
     urls = {name: f"http://{name}" for name in ("dagster", "mlflow", "gateway")}
     report(Settings.from_env(), history, without, urls, print)
     text = capsys.readouterr().out
     assert "| 1 to 50 | 100% | 100% | old commands |" in text
     assert "| 51 to 100 | 80% | 0% | incremental update, adapter c0ffeec0 promoted |" in text
-    assert "  de: 100% against 0% of 20\n  en: 100% against 0% of 20\n" in text
+    before = "against 0% of 20; 100% of 25 before the change\n"
+    assert f"  de: 100% {before}  en: 100% {before}" in text
     assert (tmp_path / "demo-drift" / "accuracy.png").stat().st_size > 10_000
     assert "http://dagster/assets/voice/decision" in text
 

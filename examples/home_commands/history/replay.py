@@ -64,7 +64,7 @@ class Phase:
 
 PHASES = (
     Phase("commands of 2023", OLD, {"en": 1.0}, 1),
-    Phase("commands of 2026, German arrives", NEW, {"en": 0.7, "de": 0.3}, 3),
+    Phase("commands of 2026, German arrives", NEW, {"en": 0.85, "de": 0.15}, 3),
 )
 
 
@@ -336,7 +336,9 @@ def report(
     for language in sorted({turn.row["language"] for turn, _ in newest}):
         some = [(turn.right, ok) for turn, ok in newest if turn.row["language"] == language]
         now, first = (sum(one[i] for one in some) / len(some) for i in (0, 1))
-        print(f"  {language}: {now:.0%} against {first:.0%} of {len(some)}")
+        before = [turn for turn in turns if turn.phase == 0 and turn.row["language"] == language]
+        was = f"; {share(before):.0%} of {len(before)} before the change" if before else ""
+        print(f"  {language}: {now:.0%} against {first:.0%} of {len(some)}{was}")
     print(f"\nPicture: {picture}")
     print(f"Decisions: {urls['dagster']}/assets/{NAME}/decision")
     print_urls(urls)
