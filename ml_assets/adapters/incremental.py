@@ -69,10 +69,10 @@ def plan_update(
     layers: float,
 ) -> AdapterInputs:
     """Inputs of an update of `parent` to the dataset of `inputs`: its training rows that the parent was not
-    trained on, a share `replay` of those that it was (`sample_old`), and again those that failed in production,
-    which the gate holds it to. Of the layers only a share, from the
-    last, changes: less is forgotten, and a pass is cheaper (Lee et al. 2019, arXiv 1911.03090). The recipe is
-    taken as it is: see `update_recipe`.
+    trained on, a share `replay` of those that it was (`sample_old`), and again those that failed in
+    production, which the gate holds it to. Of the layers only a share, from the last, changes: less is
+    forgotten, and a pass is cheaper (Lee et al. 2019, arXiv 1911.03090). The recipe is taken as it is: see
+    `update_recipe`.
 
     Raises NoUpdate: the parent sits on another base or was trained with another prompt or LoRA shape, or the
     dataset holds no row that is new to it. ArtifactError: an artifact is damaged.

@@ -6,8 +6,8 @@ from typing import Any
 Row = Mapping[str, Any]
 
 DRILL = 2
-"""Times more, in each pass, that a training sees a row which it will be held to: seen as often as all others, a
-model of 135M parameters after a few passes got 2 of 17 wrong that it was trained on, and would not be promoted."""
+"""Times more, in each pass, that a training sees a row which it will be held to: of 17 that were seen as
+often as all others, a model of 135M parameters got 2 wrong after a few passes, and would not be promoted."""
 
 
 def production_failures(rows: Sequence[Row], most: int) -> list[Row]:
