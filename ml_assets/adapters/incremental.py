@@ -96,7 +96,7 @@ def plan_update(
     replayed = sample_old(old, spec.evaluation.segments, spec.prompt.target, replay, seed=parent.digest)
     generation = (manifest.get("update") or {}).get("generation", 0) + 1
     spec = spec.model_copy(update={"adapter": spec.adapter.model_copy(update={"kind": recipe.kind})})
-    again = drilled(rows, spec.feedback.must_pass)
+    again = drilled(rows, inputs.must_pass)
     update = Update(parent, directory, generation, replay, layers, new, replayed, again)
     return replace(inputs, spec=spec, update=update)
 

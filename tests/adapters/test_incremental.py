@@ -78,8 +78,10 @@ def test_what_failed_in_production_is_seen_more_often_and_so_reproduced(
     plain = replace(inputs_on(store, base_model, 60), spec=spec_with(must_pass=2))
     assert plain.key == inputs_on(store, base_model, 60).key
     assert fewer.key != told.key
+    as_often = train_adapter(replace(told, spec=spec_with(must_pass=0)), store, evergreen_home)
     for inputs in (few, fewer):
         trained = train_adapter(inputs, store, evergreen_home)
+        assert not compare(store.open(trained.ref), store.open(as_often.ref))["adapter_model.safetensors"]
         # the YAML says something else by now
         again, manifest = reproduce_inputs(small_spec(), store, trained.ref, base_model)
         assert manifest["must_pass"] == 2 and again.key == inputs.key
