@@ -20,7 +20,7 @@ import numpy as np
 
 from benchmarks.common import Unavailable, cached_base, number, options, parser, print_json, say, start, table
 from benchmarks.tasks import customization
-from examples.home_commands.source import utterances
+from examples.home_commands.source import same_call, utterances
 from ml_assets.adapters.incremental import plan_update, update_recipe
 from ml_assets.adapters.train import AdapterInputs, TrainedAdapter, train_adapter
 from ml_assets.artifacts import ArtifactStore, read_json
@@ -112,14 +112,19 @@ class Run:
     def _answers(
         self, adapters: Mapping[str, TrainedAdapter], before: BuiltDataset, after: BuiltDataset
     ) -> dict[str, Any]:
-        """{variant: {"old"|"new": {row: score}}} by the deciding metric, on the evaluation rows that the
-        champion's dataset had and on those that came later; plus the segments of the rows."""
+        """{variant: {"old"|"changed"|"new": {row: score}}} by the deciding metric, on the evaluation rows
+        that the champion's dataset had and on those that came later. *changed* are those of the former that
+        the later release gives another call: an update is to answer them otherwise."""
         from ml_assets.engine import hardware
         from ml_assets.engine.loading import load_base
         from ml_assets.eval_reports.runner import Arm, evaluate
 
         held = [row | {"_row": f"held-out {i:04}"} for i, row in enumerate(self.judged)]
-        known = {row["_row"] for row in load_rows(self.store.open(before.ref), "evaluation")}
+        known = load_rows(self.store.open(before.ref), "evaluation")
+        ages = {
+            row["_row"]: "changed" if same is False else "old"
+            for row, same in zip(known, same_call(known, NEW), strict=True)
+        }
         directory = self.store.open(after.ref)
         rows: list[Any] = [*load_rows(directory, "evaluation"), *held]
         train = load_rows(directory, "train")
@@ -132,9 +137,9 @@ class Run:
             arms = [Arm("adapter", name)]
             lines, _ = evaluate(base, self.spec.prompt, self.spec.evaluation, rows, train, arms)
             say(f"{name}: {len(lines)} answers in {time.monotonic() - start:.0f} s")
-            found[name] = {"old": {}, "new": {}}
+            found[name] = {"old": {}, "changed": {}, "new": {}}
             for line in lines:
-                age = "old" if line["row"] in known else "new"
+                age = ages.get(line["row"], "new")
                 found[name][age][line["row"]] = line["scores"][metric]
         return found
 
@@ -151,8 +156,9 @@ def unknown(
 
 
 def points(found: Mapping[str, Any], name: str, age: str) -> float:
-    """Mean of the deciding metric, in points of 100."""
-    return 100 * float(np.mean(list(found[name][age].values())))
+    """Mean of the deciding metric, in points of 100; of no rows 0."""
+    scores = list(found[name][age].values())
+    return 100 * float(np.mean(scores)) if scores else 0.0
 
 
 def change(found: Mapping[str, Any], name: str, age: str) -> tuple[float, float]:
@@ -183,6 +189,11 @@ def report(run: Run, found: Mapping[str, Any]) -> None:
             ["variant", "rows", "seconds", "saved", "old rows", "change", "new rows", "change"],
             lines,
         )
+    )
+    gone = ", ".join(f"{name} {points(found, name, 'changed'):.0f}%" for name in found)
+    print(
+        f"\n{len(found[CHAMPION]['changed'])} more old rows have another call in {NEW}, so they count "
+        f"nowhere; answered as in {OLD}: {gone}."
     )
     print_json(
         {

@@ -1,5 +1,6 @@
 """The components: a `defs.yaml` becomes one customization's assets, or the base models to follow."""
 
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -34,6 +35,7 @@ from ml_assets.mistakes import (
     must_pass_mistakes,
     validate,
 )
+from ml_assets.settings import RUN_ASSETS_VARIABLE
 from ml_assets.spec import BaseModelsSpec, CustomizationSpec, PythonMetric, PythonSource
 from ml_assets.traffic.asset import build_traffic_asset
 from sensors.schedules import build_schedules
@@ -251,6 +253,8 @@ class Customization(dg.Component):
     def build_defs(self, context: dg.ComponentLoadContext) -> dg.Definitions:
         """Raises SpecError when the file refers to what does not exist."""
         spec, root = self.spec, self.origin.file.parent
+        if _in_a_run() and not _project(context).is_needed(spec.name):
+            return dg.Definitions()
         if mistakes := [*self._project_mistakes(context), *self._reference_mistakes(root)]:
             raise self.origin.error(mistakes)
         produced = [
@@ -378,6 +382,13 @@ class _Project:
     @property
     def has_jobs(self) -> bool:
         return len(self.customizations) <= JOBS_FOR
+
+    def is_needed(self, name: str) -> bool:
+        """Whether the process of a run needs the customization's assets: making those of all takes longer
+        than many a run. A run with assets of others (`fleet`, a user's own) may look at any."""
+        named = set(filter(None, os.environ.get(RUN_ASSETS_VARIABLE, "").split(",")))
+        told = bool(named) and named <= {*self.customizations, "base_model"}
+        return name in named or not told
 
 
 _declared: dg.ComponentTree | None = None

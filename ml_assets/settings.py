@@ -35,6 +35,9 @@ from typing import Literal, get_args
 
 EngineName = Literal["in_process", "vllm"]
 
+RUN_ASSETS_VARIABLE = "EVERGREEN_RUN_ASSETS"
+"""Set by the launcher for the process of a run: what its assets belong to, separated by commas."""
+
 
 @dataclass(frozen=True)
 class Settings:

@@ -14,6 +14,7 @@ from customizations import COLOURS_YAML, Project, base_models_yaml, colour_rows
 
 from ml_assets.customization import Customization, CustomizationScaffolder
 from ml_assets.mistakes import SpecError
+from ml_assets.settings import RUN_ASSETS_VARIABLE
 
 REPOSITORY = Path(__file__).parent.parent
 NAMES_OF_METRICS = "'exact_match', 'json_valid', 'json_field_f1', 'accuracy', 'macro_f1', 'chrf' or 'rouge_l'"
@@ -533,6 +534,58 @@ print(repository.get_reconstructable_job("other__observe").get_definition().name
         check=False,
     )
     assert result.stdout.strip() == "other__observe", result.stderr
+
+
+@pytest.mark.parametrize(
+    ("assets", "loaded"),
+    [
+        ("colours", {"colours"}),
+        ("base_model,other", {"other"}),
+        ("colours,other", {"colours", "other"}),
+        ("base_model", set()),
+        ("fleet", {"colours", "other", "third"}),
+        ("colours,fleet", {"colours", "other", "third"}),
+        ("", {"colours", "other", "third"}),
+        ("own schedule", {"colours", "other", "third"}),
+    ],
+)
+def test_a_run_makes_the_assets_that_it_is_about(project: Project, assets: str, loaded: set[str]) -> None:
+    for name in ("other", "third"):
+        project.write(name, COLOURS_YAML.replace("colours", name), colour_rows(30))
+    if assets == "own schedule":  # a user's, which needs a job of another customization
+        assets = "colours"
+        (project.defs / "schedules.py").write_text(
+            "import dagster as dg\n"
+            "nightly = dg.ScheduleDefinition('nightly', job_name='third__main', cron_schedule='0 0 * * *')\n"
+        )
+    program = f"""
+from dagster._core.definitions.reconstruct import ReconstructableRepository
+repository = ReconstructableRepository.for_module("{project.package}.definitions", "defs").get_definition()
+keys = repository.asset_graph.materializable_asset_keys
+print(*sorted(key.path[0] for key in keys if key.path[-1] == "dataset"))
+print("base_model" in (key.path[-1] for key in keys), repository.get_job("__ASSET_JOB").name)
+"""
+    path = os.pathsep.join([str(project.root), str(REPOSITORY)])
+    result = subprocess.run(
+        [sys.executable, "-c", program],
+        env=os.environ | {"PYTHONPATH": path} | ({RUN_ASSETS_VARIABLE: assets} if assets else {}),
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines() == [" ".join(sorted(loaded)), "True __ASSET_JOB"]
+
+
+def test_a_code_location_has_all_assets_whatever_a_run_was_about(
+    project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(RUN_ASSETS_VARIABLE, "other")
+    assert (
+        dg.AssetKey(["colours", "dataset"])
+        in project.definitions().resolve_asset_graph().get_all_asset_keys()
+    )
 
 
 def test_all_mistakes_of_a_file_are_told_at_once(project: Project) -> None:

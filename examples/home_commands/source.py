@@ -14,8 +14,9 @@ import math
 import random
 import re
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -29,9 +30,9 @@ from hassil.expression import (
     RuleReference,
     TextChunk,
 )
-from hassil.intents import Intents
+from hassil.intents import Intents, SlotList, TextSlotList, TextSlotValue
 from hassil.parse_expression import parse_sentence
-from hassil.recognize import recognize
+from hassil.recognize import recognize, recognize_all
 from hassil.sample import sample_expression
 
 from ml_assets.downloads import wheel
@@ -147,6 +148,34 @@ def utterances(
     return found
 
 
+def same_call(
+    rows: Sequence[Mapping[str, str]], release: str, path: str | None = None, words: str | None = None
+) -> list[bool | None]:
+    """Whether a release gives each row, of any release, the call that it has; None where it does not
+    understand the utterance. What was right in one release can be wrong in another.
+
+    Args as those of `utterances`; of a row `utterance`, `call` and `language` are read. Raises as it does.
+    """
+    file = Path(path) if path else wheel(f"home-assistant-intents=={release}", Settings.from_env())
+    folder = Path(words) if words else Path(__file__).parent / "words"
+    grammars = {row["language"]: _Grammar(file, row["language"], folder) for row in rows}
+    agrees: list[bool | None] = []
+    for row in rows:
+        call = json.loads(row["call"])
+        intent, slots = call.pop("intent"), _comparable(call)
+        readings = grammars[row["language"]].readings(row["utterance"])
+        same = any(name == intent and _comparable(found) == slots for name, found in readings)
+        agrees.append(same if readings else None)
+    return agrees
+
+
+def _comparable(slots: Mapping[str, Any]) -> dict[str, Any]:
+    """hassil gives numbers as floats, and texts as they were said."""
+    return {
+        name: value.strip().casefold() if isinstance(value, str) else value for name, value in slots.items()
+    }
+
+
 def _interleave(grammar: "_Grammar", intents: Sequence[str] | None, seed: str) -> Iterator[dict[str, str]]:
     """Different utterances, one intent after the other, until no intent has more."""
     names = [name for name in INTENTS if name in grammar.templates] if intents is None else list(intents)
@@ -179,11 +208,12 @@ class _Grammar:
         self.language = language
         self.words: dict[str, Any] = json.loads(words.read_text())
         self.lists: dict[str, Any] = data["lists"]
-        given: dict[str, str] = data["expansion_rules"]
-        self.rules = given | {
-            name: self._narrowed(name, text, given)
+        self.skip_words: list[str] = data["skip_words"]
+        self.given: dict[str, str] = data["expansion_rules"]
+        self.rules = self.given | {
+            name: self._narrowed(name, text, self.given)
             for name, text in self.words["rules"].items()
-            if name in given
+            if name in self.given
         }
         self.rejects = [re.compile(pattern) for pattern in self.words["reject"]]
         self._parsed: dict[str, Expression] = {}
@@ -277,6 +307,55 @@ class _Grammar:
                 "language": self.language,
                 "template": f"{intent}-{sha256(sentence.encode()).hexdigest()[:8]}",
             }
+
+    def readings(self, text: str) -> list[tuple[str, dict[str, Any]]]:
+        """Intent and slots of everything that a text can mean."""
+        return [
+            (result.intent.name, {name: entity.value for name, entity in result.entities.items()})
+            for result in recognize_all(text, self._intents, slot_lists=self._slots, language=self.language)
+        ]
+
+    @cached_property
+    def _intents(self) -> Intents:
+        blocks = {
+            intent: [
+                {
+                    "sentences": sentences,
+                    "slots": block["slots"],
+                    "expansion_rules": block["rules"],
+                    "requires_context": {"domain": block["domains"]} if block["domains"] else {},
+                    "excludes_context": {"domain": block["excluded"]} if block["excluded"] else {},
+                }
+                for block, sentences in templates
+            ]
+            for intent, templates in self.templates.items()
+        }
+        return Intents.from_dict(
+            {
+                "language": self.language,
+                "intents": {intent: {"data": data} for intent, data in blocks.items()},
+                "lists": self.lists,
+                "expansion_rules": self.given,
+                "skip_words": self.skip_words,
+            }
+        )
+
+    @cached_property
+    def _slots(self) -> dict[str, SlotList]:
+        def text(word: Any) -> str:
+            return word if isinstance(word, str) else word["text"]
+
+        lists = self.words["lists"]
+        found: dict[str, SlotList] = {
+            name: TextSlotList.from_strings(map(text, lists[name]), name=name) for name in ("area", "floor")
+        }
+        names = [
+            TextSlotValue(TextChunk(text(word)), text(word), {"domain": key.removeprefix("name/")})
+            for key in lists
+            if key.startswith("name/")
+            for word in lists[key]
+        ]
+        return found | {"name": TextSlotList(name="name", values=names)}
 
     # -- one walk --------------------------------------------------------------------------------------
 
@@ -501,6 +580,7 @@ def _read_release(file: Path, language: str) -> dict[str, Any]:
             raise ValueError(f"{file.name}: no language {language!r}; it has {', '.join(sorted(known))}")
         parts = [json.loads(archive.read(name)) for name in sorted(names)]
     merged: dict[str, Any] = {"intents": {}, "lists": {}, "expansion_rules": {}}
+    merged["skip_words"] = sorted({word for part in parts for word in part.get("skip_words", [])})
     for part in parts:
         merged["lists"] |= part.get("lists", {})
         merged["expansion_rules"] |= part.get("expansion_rules", {})

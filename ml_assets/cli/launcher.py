@@ -20,6 +20,7 @@ from typing import Any, Self
 
 import psutil
 from dagster import DagsterEventType, DagsterInstance, DagsterRun, DagsterRunStatus
+from dagster._core.definitions.assets.job.asset_job import IMPLICIT_ASSET_JOB_NAME
 from dagster._core.events import RunFailureReason
 from dagster._core.execution.retries import auto_reexecution_should_retry_run
 from dagster._core.launcher.base import CheckRunHealthResult, LaunchRunContext, RunLauncher, WorkerStatus
@@ -31,14 +32,16 @@ from dagster._serdes.config_class import ConfigurableClassData
 
 from ml_assets.decisions.book import DecisionBook
 from ml_assets.decisions.records import CostKind
-from ml_assets.decisions.tags import run_cost
+from ml_assets.decisions.tags import CUSTOMIZATION_TAG, run_cost
 from ml_assets.endpoints.ledger import Ledger
-from ml_assets.settings import Settings
+from ml_assets.settings import RUN_ASSETS_VARIABLE, Settings
 
 PID = "evergreen/pid"
 BOOT_ID = "evergreen/boot_id"
 PROCESS_STARTED = "evergreen/process_started"
 LOG_VARIABLE = "EVERGREEN_LOG"
+LONGEST_VARIABLE = 100_000
+"""Characters of an environment variable that Linux surely takes (MAX_ARG_STRLEN is 131,072 bytes)."""
 GRACE_SECONDS = 30.0
 COSTS: dict[str, Sequence[CostKind]] = {
     "adapter": ("training", "incremental", "port"),
@@ -127,12 +130,16 @@ class WorkerProcessLauncher(RunLauncher, ConfigurableClass):
                 repository_origin=origin.repository_origin._replace(entry_point=entry_point)
             )
         arguments = ExecuteRunArgs(origin, context.dagster_run.run_id, self._instance.get_ref())
+        environment = os.environ.copy()
+        if owners := concerned(context.dagster_run):
+            environment[RUN_ASSETS_VARIABLE] = owners
         with open(os.environ.get(LOG_VARIABLE, os.devnull), "ab") as log:
             process = subprocess.Popen(
                 ["/bin/sh", "-c", 'read -r go && exec "$@" </dev/null', "sh", *arguments.get_command_args()],
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=log,
+                env=environment,
                 start_new_session=True,
             )
         self._processes.append(process)
@@ -188,6 +195,19 @@ class WorkerProcessLauncher(RunLauncher, ConfigurableClass):
         record_lost_costs(self._instance, run)
         self._say_whether_it_is_retried(current)
         return CheckRunHealthResult(WorkerStatus.FAILED, msg=describe(run))
+
+
+def concerned(run: DagsterRun) -> str:
+    """What the assets of a run belong to, the first part of their keys, in the form of `RUN_ASSETS_VARIABLE`;
+    empty where the run does not say, or is of a job that may look at any."""
+    customization = run.tags.get(CUSTOMIZATION_TAG)
+    if customization and run.job_name.startswith(f"{customization}__"):
+        return customization
+    if not run.job_name.startswith(IMPLICIT_ASSET_JOB_NAME):
+        return ""
+    keys = {*(run.asset_selection or ()), *(check.asset_key for check in run.asset_check_selection or ())}
+    text = ",".join(sorted({key.path[0] for key in keys}))
+    return text if len(text) <= LONGEST_VARIABLE else ""
 
 
 def describe(run: DagsterRun) -> str:

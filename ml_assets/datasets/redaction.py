@@ -29,6 +29,8 @@ def redactor(kinds: Sequence[str] | str) -> Redactor:
 
     def redact(text: str) -> tuple[str, Counter[str]]:
         found: Counter[str] = Counter()
+        if not SUSPICIOUS.search(text):
+            return text, found
         for kind, pattern, is_one in rules:
 
             def replace(match: re.Match[str], kind: str = kind, is_one: Callable = is_one) -> str:
@@ -180,6 +182,11 @@ RULES: list[tuple[str, re.Pattern[str], Callable[[str], bool]]] = [
 
 Texts come from anyone, and a pattern that is tried holds up all threads: where repetitions meet, they are
 bounded or possessive (`++`), so that the time grows with the length of the text only."""
+
+
+SUSPICIOUS = re.compile(r"[\d@]|-----|[\w-]{13}")
+"""What every text has that a rule finds something in: a digit, an @, the beginning of a private key, or a
+word as long as the shortest token. Most texts have none, and the rules take ten times as long to find out."""
 
 
 def _presidio() -> Redactor:

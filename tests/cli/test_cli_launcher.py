@@ -6,7 +6,7 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from ml_assets.cli.launcher import (
     BOOT_ID,
     PID,
     PROCESS_STARTED,
+    concerned,
     identity,
     is_alive,
     kill_group,
@@ -27,7 +28,7 @@ from ml_assets.cli.launcher import (
 from ml_assets.cli.recovery import recover
 from ml_assets.decisions.book import DecisionBook
 from ml_assets.decisions.meter import metered
-from ml_assets.decisions.tags import DECISION_TAG, run_cost
+from ml_assets.decisions.tags import CUSTOMIZATION_TAG, DECISION_TAG, run_cost
 from ml_assets.endpoints.ledger import Ledger
 from ml_assets.settings import Settings
 
@@ -102,6 +103,40 @@ def test_killing_ends_the_whole_group():
     while is_alive(child_tags) and time.monotonic() < deadline:
         time.sleep(0.01)
     assert not is_alive(child_tags)
+
+
+# -- what a run is about -------------------------------------------------------------------------------
+
+
+def run_of(job: str, *keys: str, checks: Sequence[str] = (), **tags: str) -> dg.DagsterRun:
+    return dg.DagsterRun(
+        job,
+        asset_selection=frozenset(map(dg.AssetKey.from_user_string, keys)) or None,
+        asset_check_selection=frozenset(
+            dg.AssetCheckKey(dg.AssetKey.from_user_string(key), "check") for key in checks
+        )
+        or None,
+        tags=tags,
+    )
+
+
+def test_a_run_is_about_the_customizations_of_its_assets_and_checks():
+    run = run_of("__ASSET_JOB", "news/adapter", "news/dataset", "base_model", checks=["home/drift_report"])
+    assert concerned(run) == "base_model,home,news"
+
+
+@pytest.mark.parametrize(
+    ("job", "tag", "owners"),
+    [("news__main", "news", "news"), ("mine", "news", ""), ("reproduce", None, "")],
+)
+@pytest.mark.parametrize("keys", [[], ["news/adapter"]])
+def test_a_job_is_about_the_customization_that_has_it(job, tag, owners, keys):
+    assert concerned(run_of(job, *keys, **({CUSTOMIZATION_TAG: tag} if tag else {}))) == owners
+
+
+def test_more_names_than_an_environment_variable_holds_are_not_told():
+    run = run_of("__ASSET_JOB", *(f"customization_{n:05}/adapter" for n in range(8000)))
+    assert concerned(run) == ""
 
 
 # -- what a killed run had spent -----------------------------------------------------------------------

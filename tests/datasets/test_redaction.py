@@ -4,8 +4,10 @@ import sys
 import time
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from ml_assets.datasets.redaction import RedactionUnavailable, redactor
+from ml_assets.datasets.redaction import RULES, SUSPICIOUS, RedactionUnavailable, redactor
 from ml_assets.spec import CustomizationSpec, DatasetSpec
 
 KINDS = DatasetSpec().redact
@@ -122,6 +124,23 @@ def test_planted_personal_data_is_found():
         if clean != text.replace(item, f"[{kind.upper()}]") or dict(found) != {kind: 1}:
             missed.append(f"{kind}: {text!r} -> {clean!r}")
     assert len(missed) <= len(items) // 100, "\n".join(missed)
+
+
+PIECES = [
+    "-----BEGIN ", "PRIVATE KEY", "-----END ", "sk-", "rk_live_", "AKIA", "eyJ", ".", "xoxb-", "hf_", "SG.",
+    "password", "bearer ", ":", "=", " ", "@", "a::b", "Z", "ä", "-", "_", "DE", "tel ", "call me at ",
+    "\u0661", "7", "fe80", "example.com",
+]  # fmt: skip
+
+
+@given(st.lists(st.sampled_from(PIECES) | st.text("abcDEF0-_./", max_size=12), max_size=8).map("".join))
+def test_no_rule_finds_anything_in_a_text_that_is_not_looked_at(text: str):
+    if not SUSPICIOUS.search(text):
+        assert not [m[0] for _, pattern, is_one in RULES for m in pattern.finditer(text) if is_one(m[0])]
+
+
+def test_ordinary_text_is_not_looked_at():
+    assert not SUSPICIOUS.search('turn off the lamp {"intent":"TurnOff","name":"desk lamp","area":"office"}')
 
 
 CLEAN = """

@@ -14,7 +14,7 @@ from hassil.intents import Intents, TextSlotList, TextSlotValue
 from hassil.recognize import recognize_all
 
 from examples.home_commands import source
-from examples.home_commands.source import INTENTS, utterances
+from examples.home_commands.source import INTENTS, same_call, utterances
 
 RELEASE = "home-assistant-intents==2026.10.27"
 OLD = "home-assistant-intents==2023.9.22"
@@ -112,6 +112,31 @@ def test_the_release_understands_every_utterance_and_means_the_same_call(package
             and all(same(value, slots[slot]) for slot, value in call.items())
             for name, slots in readings
         ), (row, readings)
+
+
+@pytest.mark.parametrize("release", [RELEASE, OLD])
+@pytest.mark.parametrize("language", ["en", "de"])
+def test_a_release_gives_its_own_rows_their_call(packages, language, release):
+    rows = utterances(rows=60, seed=4, languages=[language], path=packages[release])
+    assert same_call(rows, release, path=packages[release]) == [True] * len(rows)
+    wrong = [row | {"call": row["call"].replace('"intent":"', '"intent":"No')} for row in rows]
+    assert same_call(wrong, release, path=packages[release]) == [False] * len(rows)
+
+
+def test_what_a_call_was_can_be_another_one_later(packages):
+    def row(utterance: str, **call: str) -> dict[str, str]:
+        text = json.dumps({"intent": "TurnOn"} | call, separators=(",", ":"))
+        return {"utterance": utterance, "language": "en", "call": text}
+
+    scene = row("activate the romance", name="romance", domain="scene")
+    rows = [
+        row("turn on the desk lamp", name="desk lamp"),
+        scene,
+        row("romance it, will you", name="romance"),
+    ]
+    assert same_call(rows, OLD, path=packages[OLD]) == [True, True, None]
+    # scenes are told by their name alone since
+    assert same_call(rows, RELEASE, path=packages[RELEASE]) == [True, False, None]
 
 
 def test_a_slot_that_only_some_templates_have_is_part_of_the_call(packages):

@@ -1,10 +1,10 @@
 """The history of a product, replayed: `make demo-drift`.
 
 A model learns the voice commands of a 2023 release. Households talk to it; then the product gets the commands
-of a later release, with other wordings and new intents, and a second language. Two of three answers come back
-with the right answer. Nobody touches anything: sensors look at the traffic, decisions are made and recorded,
-the adapter is updated, evaluated and promoted. At the end stands the accuracy over time, next to the same
-system without maintenance.
+of a later release, with other wordings and new intents, and a second language. Seven of nine requests come
+back with the right answer. Nobody touches anything: sensors look at the traffic, decisions are made and
+recorded, the adapter is updated, evaluated and promoted. At the end stands the accuracy over time, next to
+the same system without maintenance.
 
 Time is counted in requests: when enough came for a look, the households wait until it was taken and what it
 decided is done, so that the replay gives the same history on a fast and on a slow machine.
@@ -178,7 +178,7 @@ class Replay:
         return iter(utterances(phase.release, count, seed, languages=phase.languages))
 
     async def _talk(self, phase: int, rows: Sequence[dict[str, str]]) -> list[Turn]:
-        """Ask, and say what would have been right about two of three answers."""
+        """Ask, and say what would have been right about seven of nine requests."""
         waiting = iter(enumerate(rows))
         turns = [Turn(phase, row) for row in rows]
         first = len(self.history.turns)
@@ -197,7 +197,7 @@ class Replay:
                     turn.answer = answer["choices"][0]["message"]["content"]
                     turn.adapter = answer["system_fingerprint"]
                     turn.right = same_answer(row["call"], turn.answer)
-                    if (first + i) % 3:
+                    if (first + i) % 9 > 1:
                         await self._post(
                             http, key, "/v1/feedback", {"id": answer["id"], "right_answer": row["call"]}
                         )
