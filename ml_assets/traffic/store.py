@@ -78,6 +78,16 @@ _heads = sa.Table(
     sa.Column("labelled", _SEQ, nullable=False),
 )
 
+# What runs for every few requests is built once: building a statement holds up the gateway's requests for
+# longer than the database does.
+_STORED = [column.name for column in _requests.c if column.name != "seq"]
+_INSERT = sa.insert(_requests)
+_KNOWN = sa.select(_requests.c.id).where(_requests.c.id.in_(sa.bindparam("ids", expanding=True)))
+_LAST_SEQ = sa.select(sa.func.max(_requests.c.seq)).where(_requests.c.customization == sa.bindparam("of"))
+_HEAD = sa.select(_heads).where(_heads.c.customization == sa.bindparam("of"))
+_INSERT_HEAD = sa.insert(_heads)
+_UPDATE_HEAD = sa.update(_heads).where(_heads.c.customization == sa.bindparam("of"))
+
 _migrating = threading.Lock()  # Alembic keeps what it works on in global variables
 
 
@@ -135,23 +145,20 @@ class TrafficLog:
             return
         with self._writing() as connection:
             ids = [record.id for record in records]
-            known = set(connection.scalars(sa.select(_requests.c.id).where(_requests.c.id.in_(ids))))
+            known = set(connection.scalars(_KNOWN, {"ids": ids}))
             new = list({record.id: record for record in records if record.id not in known}.values())
             if new:
-                names = [column.name for column in _requests.c if column.name != "seq"]
-                rows = [{name: getattr(record, name) for name in names} for record in new]
-                connection.execute(sa.insert(_requests), rows)
+                rows = [{name: getattr(record, name) for name in _STORED} for record in new]
+                connection.execute(_INSERT, rows)
             for name in sorted({record.customization for record in new} | unlogged.keys()):
                 times = [record.at for record in new if record.customization == name]
                 head = _head(connection, name)
-                last = connection.scalar(
-                    sa.select(sa.func.max(_requests.c.seq)).where(_requests.c.customization == name)
-                )
+                last = connection.scalar(_LAST_SEQ, {"of": name}) if times else head.last_seq
                 _put_head(
                     connection,
                     dataclasses.replace(
                         head,
-                        last_seq=last if times else head.last_seq,
+                        last_seq=last,
                         requests=head.requests + len(times),
                         unlogged=head.unlogged + unlogged.get(name, 0),
                         last_at=max([*times, head.last_at or ""]) or None,
@@ -335,16 +342,14 @@ class TrafficLog:
 
 
 def _head(connection: sa.Connection, customization: str) -> Head:
-    query = sa.select(_heads).where(_heads.c.customization == customization)
-    row = connection.execute(query).mappings().first()
+    row = connection.execute(_HEAD, {"of": customization}).mappings().first()
     return Head(**row) if row else Head(customization)
 
 
 def _put_head(connection: sa.Connection, head: Head) -> None:
     values = dataclasses.asdict(head)
-    name = _heads.c.customization == head.customization
-    if not connection.execute(sa.update(_heads).where(name).values(values)).rowcount:
-        connection.execute(sa.insert(_heads).values(values))
+    if not connection.execute(_UPDATE_HEAD, {"of": head.customization, **values}).rowcount:
+        connection.execute(_INSERT_HEAD, values)
 
 
 def _prepare(engine: sa.Engine) -> None:
