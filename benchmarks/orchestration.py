@@ -56,7 +56,7 @@ from benchmarks.deployment import (
     gateway,
     prepare_home,
 )
-from ml_assets.base_models.partitions import BASE_MODELS
+from ml_assets.base_models.partitions import add_revisions
 from ml_assets.base_models.register import register_revisions
 from ml_assets.cli import supervisor
 from ml_assets.cli.launcher import PID
@@ -221,7 +221,7 @@ class Run:
             families.families,
             root,
             settings,
-            lambda names: instance.add_dynamic_partitions(str(BASE_MODELS.name), names),
+            functools.partial(add_revisions, instance),
         )
         dagster = Dagster(settings.dagster_url, instance)
         ready = dagster.launch(ASSET_JOB, assets=[AssetKey("base_model")], partition=revision)

@@ -1,6 +1,7 @@
 """The main job on the customizations of this project, from an empty data directory to a served model."""
 
 import contextlib
+import functools
 import json
 import os
 import shlex
@@ -14,7 +15,7 @@ from dagster import AssetKey, AssetObservation, ComponentTree, DagsterInstance
 from dagster._core.definitions.data_version import DATA_VERSION_TAG
 
 from ml_assets.artifacts import ArtifactRef, ArtifactStore
-from ml_assets.base_models.partitions import BASE_MODELS
+from ml_assets.base_models.partitions import add_revisions
 from ml_assets.base_models.register import register_revisions
 from ml_assets.cli import supervisor
 from ml_assets.cli.runs import ASSET_JOB, Dagster
@@ -84,7 +85,7 @@ def _register(tree: ComponentTree, instance: DagsterInstance, settings: Settings
             families,
             component.origin.file.parent,
             settings,
-            lambda names: instance.add_dynamic_partitions(str(BASE_MODELS.name), names),
+            functools.partial(add_revisions, instance),
         )
         revisions |= {family.name: revision for family, revision in zip(families, found, strict=True)}
     return revisions
