@@ -656,7 +656,7 @@ class MaintenanceSpec(Block):
         description="share of the old rows that an incremental update trains on again",
     )
     update_epochs: float = Field(
-        default=2.5, gt=0, description="passes of an incremental update over its rows"
+        default=3.25, gt=0, description="passes of an incremental update over its rows"
     )
     update_layers: float = Field(
         default=0.5,

@@ -20,7 +20,7 @@ from ml_assets.spec import AdapterRecipe, CustomizationSpec, PromptSpec
 
 Row = Mapping[str, Any]
 
-UPDATE_VERSION = "3"
+UPDATE_VERSION = "4"
 """Raise when the same inputs would give other rows."""
 CHOICES = 16
 """A field of the answers with at most so many different values is a choice that tells kinds of rows apart."""

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ml_assets.engine.lora import Route
 from ml_assets.engine.packing import Packing, body, logits_of
 
 if TYPE_CHECKING:
@@ -39,26 +40,41 @@ def answer_log_probs(
     prompts: "PromptCache | None" = None,
     soft: Softs | None = None,
     watch: Watch | None = None,
+    states: Sequence[torch.Tensor | None] | None = None,
 ) -> list[torch.Tensor]:
     """Log-probability (nats, float32) of each token of each answer, under the active adapter.
 
     With `loss_scale`, the gradient of -loss_scale * (sum of all of them) is added to the parameters'. With
     `prompts`, what an activated adapter leaves to the base comes from there. `soft` are a teacher's
     probabilities for some of the answers: they change the gradient, not what is returned. `watch` is shown
-    the logits of the answers' tokens, one after the other, some at a time.
+    the logits of the answers' tokens, one after the other, some at a time. `states` are those that
+    `frozen.FrozenLayers` kept, if of all pairs.
     """
     taught = _Taught.of(soft, pairs, base.device)
     if not base.packs:
         return _padded(base, pairs, loss_scale, taught, watch)
+    packing, firsts, route = packed_pairs(base, pairs, prompts)
+    known = [state for state in states or () if state is not None]
+    if len(known) == len(pairs):
+        first = known[0][: packing.prefix]
+        packing.entering = torch.cat([first, *(state[packing.prefix :] for state in known)])[None]
+    with base.lora.routed(route):
+        answers = [answer for _, answer in pairs]
+        return packed_log_probs(base, packing, firsts, answers, loss_scale, taught, watch)
+
+
+def packed_pairs(
+    base: "Base", pairs: Sequence[Pair], prompts: "PromptCache | None" = None
+) -> tuple[Packing, list[int], Route]:
+    """A pass over prompts and answers: its packing, the token at which the first token of each answer is
+    predicted, and where the active adapter works. With `prompts`, from the adapter's invocation on."""
     if prompts is not None:
         (name,) = base.lora.route.names
         invocation = base.lora.adapters[name].invocation or []
         heads = [prompt[: len(prompt) - len(invocation)] for prompt, _ in pairs]
         sequences = [[*invocation, *answer[:-1]] for _, answer in pairs]
         packing = Packing(sequences, base.device, past=prompts.past(heads))
-        firsts = [start + len(invocation) - 1 for start in packing.starts]
-        answers = [answer for _, answer in pairs]
-        return packed_log_probs(base, packing, firsts, answers, loss_scale, taught, watch)
+        return packing, [start + len(invocation) - 1 for start in packing.starts], base.lora.route
     prefix = shared_prefix([prompt for prompt, _ in pairs]) if not base.random else 0
     starts = _invocations(base, pairs)
     if starts is not None:
@@ -70,9 +86,7 @@ def answer_log_probs(
     if starts is not None:
         names = [None, *route.names * len(pairs)]
         route = base.lora.for_rows(names, [prefix, *packing.lengths], [0, *(s - prefix for s in starts)])
-    with base.lora.routed(route):
-        answers = [answer for _, answer in pairs]
-        return packed_log_probs(base, packing, firsts, answers, loss_scale, taught, watch)
+    return packing, firsts, route
 
 
 def _invocations(base: "Base", pairs: Sequence[Pair]) -> list[int] | None:

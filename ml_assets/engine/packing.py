@@ -37,6 +37,16 @@ def _current() -> "_Pass | None":
     return found
 
 
+def current_packing() -> "Packing | None":
+    """The packing that this thread computes."""
+    found = _current()
+    return found if isinstance(found, Packing) else None
+
+
+WANTED = object()
+"""See `Packing.entering`."""
+
+
 @dataclass
 class Past:
     """Keys and values before each sequence: `lengths[i]` tokens of row i of `values` count, from the left."""
@@ -144,6 +154,8 @@ class Packing(_Pass):
         self.groups = _groups(self.lengths, self.starts, offsets, device, branches)
         self.captured: KeyValues | None = {} if capture else None
         """With `capture`, keys and values of all tokens, (1, heads, tokens, size), after the forward pass."""
+        self.entering: torch.Tensor | object | None = None
+        """Hidden states (1, tokens, size) that `frozen.FrozenLayers` begin with, or WANTED of them."""
 
     def attend(
         self,

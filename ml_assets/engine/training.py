@@ -21,6 +21,7 @@ import torch
 from ml_assets.artifacts import canonical_json, sha256_bytes, sha256_file
 from ml_assets.engine.checkpoint import load_checkpoint, save_checkpoint
 from ml_assets.engine.forward import answer_log_probs
+from ml_assets.engine.frozen import FrozenLayers
 from ml_assets.engine.loading import Base
 from ml_assets.engine.lora import (
     Adapter,
@@ -48,6 +49,9 @@ MAX_WORKERS = 4
 WORKER_TOKENS = 128
 """A step has a worker for each so many of its tokens, as far as there are cores."""
 
+KEPT_BYTES = 2**30
+"""Of what layers that are not trained give for the examples: more is computed anew in each epoch."""
+
 ADAPTER = "default"
 
 
@@ -64,12 +68,14 @@ class Soft:
 @dataclass(frozen=True)
 class Example:
     """One training example: prompt ids (no loss) and target ids (loss). `row` names it in errors. With
-    `soft`, the loss is also the cross entropy to a teacher (Hinton et al. 2015, arXiv 1503.02531)."""
+    `soft`, the loss is also the cross entropy to a teacher (Hinton et al. 2015, arXiv 1503.02531). `state` is
+    what `frozen.FrozenLayers` kept of it."""
 
     prompt: list[int]
     target: list[int]
     row: str = ""
     soft: Soft | None = None
+    state: torch.Tensor | None = field(default=None, compare=False, repr=False)
 
     def __len__(self) -> int:
         return len(self.prompt) + len(self.target)
@@ -247,9 +253,10 @@ def step_loss(
     loss_sum = 0.0
     for rows in _micro_batches(examples, MICRO_BATCH_TOKENS):
         with _checkpointed(base, sum(map(len, rows)) > MICRO_BATCH_TOKENS):
-            pairs = [(example.prompt, example.target) for example in rows]
+            pairs = _pairs(rows)
             soft = [example.soft for example in rows]
-            values = answer_log_probs(base, pairs, loss_scale=1 / total, prompts=prompts, soft=soft)
+            states = [example.state for example in rows]
+            values = answer_log_probs(base, pairs, 1 / total, prompts, soft, states=states)
         loss_sum -= float(torch.cat(values).sum()) / total
     return loss_sum
 
@@ -321,6 +328,7 @@ def _run(
             judge.load(saved.state["judged"], saved.tensors["best"])
     start = last_save = time.monotonic()
     fresh_tokens = 0
+    examples = crew.with_states(examples, plan)
     if judge and not judge.seen:
         judge.look(0)
     for step in range(first, len(plan)):
@@ -456,6 +464,8 @@ class _Crew:
         self.weights = _FlatWeights(
             [[tensor for module in trained for tensor in replica.weights[module]] for replica in replicas]
         )
+        self._frozen = None if base.random or not base.packs else FrozenLayers.of(base.model, trained)
+        self._open = contextlib.ExitStack()
         self._own_threads = max(1, self._threads // self.workers)
         self._pool = ThreadPoolExecutor(
             self.workers, "train", initializer=torch.set_num_threads, initargs=(self._own_threads,)
@@ -466,6 +476,7 @@ class _Crew:
 
     def __exit__(self, *error: object) -> None:
         self._pool.shutdown(cancel_futures=True)
+        self._open.close()
         for name in self._names[1:]:
             self._base.lora.remove(name)
 
@@ -486,6 +497,41 @@ class _Crew:
         finally:
             torch.set_num_threads(self._threads)
 
+    def with_states(self, examples: Sequence[Example], plan: Sequence[Sequence[int]]) -> list[Example]:
+        """The examples, with what the layers that are not trained give for them where that is needed more
+        than once and fits into KEPT_BYTES. It depends on the examples alone: a training that goes on from a
+        checkpoint begins with the same bytes."""
+        used = sorted({i for batch in plan for i in batch})
+        frozen, prompts = self._frozen, self._prompts
+        if frozen is None or sum(map(len, plan)) == len(used):
+            return list(examples)
+        rows = [examples[i] for i in used]
+        if prompts is not None and prompts.kept:
+            prompts.fill([row.prompt[: -len(self._invocation)] for row in rows])
+        self._open.enter_context(frozen.skipped())
+        groups = _micro_batches(rows, MICRO_BATCH_TOKENS)
+        with self._base.lora.routed(Route((ADAPTER,), training=True)):
+            size = frozen.size(self._base, _pairs(groups[0]), prompts)
+        tokens = sum(len(row.target) + len(self._invocation) if prompts else len(row) for row in rows)
+        if not size or size * tokens > KEPT_BYTES:
+            self._open.close()
+            return list(examples)
+
+        def states(group: list[Example]) -> list[torch.Tensor]:
+            with self._base.lora.routed(Route((ADAPTER,), training=True)):
+                return frozen.states(self._base, _pairs(group), prompts)
+
+        torch.set_num_threads(self._own_threads)
+        try:
+            found = {
+                id(row): state
+                for group, kept in zip(groups, self._pool.map(states, groups), strict=True)
+                for row, state in zip(group, kept, strict=True)
+            }
+        finally:
+            torch.set_num_threads(self._threads)
+        return [replace(row, state=found.get(id(row))) for row in examples]
+
     def loss(self, examples: Sequence[Example]) -> float:
         """Mean negative log-likelihood (nats) of the examples' answers under the weights as they are."""
         total, base = 0.0, self._base
@@ -494,8 +540,7 @@ class _Crew:
         try:
             with torch.no_grad(), base.active(ADAPTER):
                 for rows in _micro_batches(examples, MICRO_BATCH_TOKENS):
-                    pairs = [(example.prompt, example.target) for example in rows]
-                    values = answer_log_probs(base, pairs, prompts=self._prompts)
+                    values = answer_log_probs(base, _pairs(rows), prompts=self._prompts)
                     total -= float(torch.cat(values).double().sum())
         finally:
             base.model.train(training)
@@ -508,6 +553,10 @@ class _Crew:
     def _part(self, name: str, examples: Sequence[Example], total: int) -> float:
         with self._base.lora.routed(Route((name,), training=True)):
             return step_loss(self._base, examples, self._prompts, total)
+
+
+def _pairs(examples: Sequence[Example]) -> list[tuple[list[int], list[int]]]:
+    return [(example.prompt, example.target) for example in examples]
 
 
 def _last_modules(adapter: Adapter, share: float) -> list[str]:

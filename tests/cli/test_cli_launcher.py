@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -12,12 +13,15 @@ from typing import Any
 
 import dagster as dg
 import pytest
-from dagster._core.launcher.base import WorkerStatus
+from dagster._core.code_pointer import ModuleCodePointer
+from dagster._core.launcher.base import LaunchRunContext, WorkerStatus
+from dagster._core.origin import JobPythonOrigin, RepositoryPythonOrigin
 
 from ml_assets.cli.launcher import (
     BOOT_ID,
     PID,
     PROCESS_STARTED,
+    WorkerProcessLauncher,
     concerned,
     identity,
     is_alive,
@@ -30,7 +34,7 @@ from ml_assets.decisions.book import DecisionBook
 from ml_assets.decisions.meter import metered
 from ml_assets.decisions.tags import CUSTOMIZATION_TAG, DECISION_TAG, run_cost
 from ml_assets.endpoints.ledger import Ledger
-from ml_assets.settings import Settings
+from ml_assets.settings import RUN_ASSETS_VARIABLE, Settings
 
 
 @pytest.fixture
@@ -132,6 +136,29 @@ def test_a_run_is_about_the_customizations_of_its_assets_and_checks():
 @pytest.mark.parametrize("keys", [[], ["news/adapter"]])
 def test_a_job_is_about_the_customization_that_has_it(job, tag, owners, keys):
     assert concerned(run_of(job, *keys, **({CUSTOMIZATION_TAG: tag} if tag else {}))) == owners
+
+
+@pytest.mark.parametrize(("job", "keys"), [("__ASSET_JOB", ("voice/adapter",)), ("mine", ("voice/adapter",))])
+def test_the_process_of_a_run_is_told_what_it_is_about(job: str, keys: tuple[str, ...], tmp_path) -> None:
+    says = tmp_path / "environment"
+    repository = RepositoryPythonOrigin(
+        sys.executable,
+        ModuleCodePointer("nowhere", "defs"),
+        None,
+        ["sh", "-c", f"env > {says}.part && mv {says}.part {says}"],
+        None,
+    )
+    with dg.DagsterInstance.local_temp(str(tmp_path)) as instance:
+        launcher = WorkerProcessLauncher()
+        launcher.register_instance(instance)
+        run = run_of(job, *keys)._replace(job_code_origin=JobPythonOrigin(job, repository))
+        instance.add_run(run)
+        launcher.launch_run(LaunchRunContext(run, None))
+        deadline = time.monotonic() + 20
+        while not says.exists() and time.monotonic() < deadline:
+            time.sleep(0.01)
+    told = [line for line in says.read_text().splitlines() if line.startswith(RUN_ASSETS_VARIABLE)]
+    assert told == ([f"{RUN_ASSETS_VARIABLE}=voice"] if job == "__ASSET_JOB" else [])
 
 
 def test_more_names_than_an_environment_variable_holds_are_not_told():

@@ -19,11 +19,12 @@ from ml_assets.artifacts import sha256_file
 from ml_assets.engine import forward, training
 from ml_assets.engine.forward import shared_prefix
 from ml_assets.engine.loading import Base, IncompatibleAdapter
-from ml_assets.engine.lora import place
+from ml_assets.engine.lora import place, target_modules
 from ml_assets.engine.prompt_cache import PromptCache
 from ml_assets.engine.training import (
     BadExample,
     Example,
+    TrainResult,
     learning_rate,
     lora_for_training,
     plan_batches,
@@ -61,11 +62,7 @@ def with_lora(base: Base, **changes) -> Iterator[dict[str, torch.Tensor]]:
     with lora_for_training(base, recipe(**changes), targets(base)) as adapter:
         for _, b in adapter.weights.values():  # zero at the start, which would leave A without a gradient
             torch.nn.init.normal_(b.detach(), std=0.05)
-        base.model.apply(
-            lambda module: setattr(module, "p", 0) if isinstance(module, torch.nn.Dropout) else None
-        )
-        base.model.config.attention_dropout = 0.0
-        base.draws = False
+        without_dropout(base)
         yield adapter.named_tensors()
 
 
@@ -232,6 +229,63 @@ def test_only_the_last_layers_change(architecture: str, cores: int, tmp_path: Pa
     assert changed == {1.0: {0, 1}, 0.5: {1}, 0.01: {1}}  # of two layers
 
 
+def without_dropout(base: Base) -> Base:
+    base.model.apply(lambda module: setattr(module, "p", 0) if isinstance(module, torch.nn.Dropout) else None)
+    base.model.config.attention_dropout = 0.0
+    base.draws = False
+    return base
+
+
+def update_twice(
+    base: Base, folder: Path, monkeypatch: pytest.MonkeyPatch, kind: str = "lora"
+) -> tuple[list[TrainResult], list[int]]:
+    """The last layer trained from some start with and without kept states; how often the first computed."""
+    rows = examples(base, 24, "answer with one word")
+    train_lora(base, rows, recipe(kind=kind), targets(base), folder / "start")
+    inside = base.model.get_submodule(target_modules(base.model, targets(base))[0])
+    results, counts = [], []
+    for budget in (2**30, 0):
+        monkeypatch.setattr(training, "KEPT_BYTES", budget)
+        computed: list[int] = []
+        handle = inside.register_forward_hook(lambda *_, seen=computed: seen.append(1))
+        plan, out = recipe(epochs=4, steps=None, kind=kind), folder / str(budget)
+        results.append(
+            train_lora(base, rows, plan, targets(base), out, start=folder / "start", last_layers=0.5)
+        )
+        handle.remove()
+        counts.append(len(computed))
+    return results, counts
+
+
+@pytest.mark.parametrize("kind", ["lora", "activated_lora"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_layers_that_are_not_trained_are_computed_once(
+    architecture: str, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = without_dropout(tiny_base(architecture, tmp_path / "base"))
+    (kept, anew), counts = update_twice(base, tmp_path, monkeypatch, kind)
+    assert len(kept.losses) > 10 and counts[1] - counts[0] >= len(kept.losses) - 3
+    assert kept.losses == pytest.approx(anew.losses, abs=1e-5)
+    saved = [load_file(tmp_path / str(budget) / "adapter_model.safetensors") for budget in (2**30, 0)]
+    for name, tensor in saved[0].items():
+        torch.testing.assert_close(tensor, saved[1][name], atol=1e-4, rtol=1e-3)
+    whole = train_lora(base, examples(base), recipe(kind=kind), targets(base), tmp_path / "after")
+    assert whole.losses == train_lora(base, examples(base), recipe(kind=kind), targets(base), tmp_path).losses
+
+
+def test_layers_that_hand_on_more_than_hidden_states_are_computed_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = tiny_base("llama", tmp_path / "base")
+    first, second = base.model.model.layers
+    known: dict[int, torch.Tensor] = {}
+    first.mlp.register_forward_hook(lambda m, args, out: known.update({threading.get_ident(): args[0]}))
+    second.mlp.register_forward_hook(lambda m, args, out: out + known[threading.get_ident()])
+    (kept, anew), counts = update_twice(base, tmp_path, monkeypatch)
+    assert counts[0] == counts[1] > len(kept.losses)
+    assert kept.losses == anew.losses
+
+
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
 def test_neither_micro_batches_nor_checkpoints_nor_padding_change_the_gradient(
     architecture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -290,12 +344,17 @@ def test_training_learns_and_gives_the_same_bytes(dtype: torch.dtype, tmp_path: 
 
 
 @pytest.mark.parametrize("kind", ["lora", "activated_lora"])
+@pytest.mark.parametrize("layers", [1.0, 0.5], ids=["all layers", "last layers"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_resume_at_every_step_gives_the_same_bytes(dtype: torch.dtype, kind: str, tmp_path: Path) -> None:
+def test_resume_at_every_step_gives_the_same_bytes(
+    dtype: torch.dtype, layers: float, kind: str, tmp_path: Path
+) -> None:
     base = tiny_base("qwen2", tmp_path / "base", dtype)
-    rows, plan = examples(base), recipe(dropout=0.1, kind=kind)
+    # without dropout, what the other layers give is kept
+    rows, plan = examples(base), recipe(dropout=0.1 if layers == 1 else 0.0, kind=kind)
     cache = tmp_path / "prompts"  # warm for those that resume
-    whole = train_lora(base, rows, plan, targets(base), tmp_path / "whole", prompt_cache=cache)
+    out = tmp_path / "whole"
+    whole = train_lora(base, rows, plan, targets(base), out, prompt_cache=cache, last_layers=layers)
 
     class Stop(Exception):
         pass
@@ -317,6 +376,7 @@ def test_resume_at_every_step_gives_the_same_bytes(dtype: torch.dtype, kind: str
                 out,
                 checkpoints=folder,
                 checkpoint_seconds=0,
+                last_layers=layers,
                 on_progress=interrupt,
             )
         resumed = train_lora(
@@ -328,6 +388,7 @@ def test_resume_at_every_step_gives_the_same_bytes(dtype: torch.dtype, kind: str
             checkpoints=folder,
             checkpoint_seconds=0,
             prompt_cache=None if stop % 2 else cache,
+            last_layers=layers,
         )
         assert resumed.resumed_from == stop
         assert resumed.losses == whole.losses
