@@ -202,7 +202,8 @@ def reference_of(corpus: Corpus, seed: int) -> tuple[dict[str, Any], NDArray[np.
         order = np.random.default_rng(seed).permutation(len(corpus.usual))
         size = min(REFERENCE, len(order) - LENGTH)
         rows, rest = order[:size], order[size:]
-        arrays = input_arrays(corpus.embeddings["usual"][rows], [corpus.usual[i] for i in rows])
+        labels = [corpus.labels[i] for i in rows]
+        arrays = input_arrays(corpus.embeddings["usual"][rows], [corpus.usual[i] for i in rows], labels)
         arrays["frozen"] = rows[:FROZEN]
         _reference[key] = (arrays, rest)
     return _reference[key]
@@ -501,7 +502,7 @@ def report(
     header = ["", "false alarms / 100 windows", "quiet streams with one", "30 % found", "median", "a check"]
     title = f"Side by side: {first}, windows of {PEER_WINDOW} requests where none are named"
     print(table(title, header, rows))
-    sudden = {s: results for s, results in found.items() if not s.gradual and s.kind != "label mix"}
+    sudden = {s: results for s, results in found.items() if not s.gradual}
     at_30 = [results for shift, results in sudden.items() if shift.share == 0.3]
     at_10 = [results for shift, results in sudden.items() if shift.share == 0.1]
     print_json(

@@ -34,6 +34,7 @@ class Span:
 
 
 CLASSIFIER_SPANS = tuple(Span(w, max(2, w // 4), 4 * w) for w in (5, 10, 20, 40, 80, 160))
+CONTRAST_SPANS = tuple(Span(w, max(2, w // 4), 4 * w) for w in (10, 40, 160))
 SCORE_SPANS = tuple(Span(w, w, 8 * w) for w in (4, 16, 64, 256))
 MMD_WINDOWS = (2, 4, 8, 16, 32, 64)
 
@@ -211,13 +212,23 @@ class ClassifierDetector(Detector):
     Fitted on a window of each length: the direction from the mean of one part of the reference (`whitened`
     features have mean 0 and variance 1 there) to the mean of the window, which is Fisher's discriminant.
     The requests after the window and the other part of the reference, `held` (n, d), are scored by it and
-    compared by rank.
+    compared by rank. With `contrasts` (r, d), orthonormal, another one is fitted within these directions
+    alone: where it is the mix of the kinds of requests that changes, a mean of few numbers is found with less
+    noise than one of many.
     """
 
     def __init__(
-        self, days: float, held: NDArray[np.float32], gaps: Integers, name: str = "inputs_classifier"
+        self,
+        days: float,
+        held: NDArray[np.float32],
+        gaps: Integers,
+        contrasts: NDArray[np.float32] | None = None,
+        name: str = "inputs_classifier",
     ):
-        super().__init__(name, days, len(CLASSIFIER_SPANS))
+        self.spans = [(span, None) for span in CLASSIFIER_SPANS]
+        if contrasts is not None and len(contrasts):
+            self.spans += [(span, contrasts) for span in CONTRAST_SPANS]
+        super().__init__(name, days, len(self.spans))
         self.held = held
         self.gaps = gaps
         self.bets = Bets.on(gaps, "higher")
@@ -230,10 +241,10 @@ class ClassifierDetector(Detector):
 
     def _update(self, rows: Floats, seqs: Integers) -> None:
         self.runs.retire(self.blocks)
-        for kind, span in enumerate(CLASSIFIER_SPANS):
+        for kind, (span, within) in enumerate(self.spans):
             if self.blocks >= span.blocks and (self.blocks - span.blocks) % span.stride == 0:
                 mean = self.sums[-span.blocks :].sum(axis=0) / (span.blocks * BLOCK)
-                direction = fisher(mean)
+                direction = fisher(mean if within is None else (mean @ within.T) @ within)
                 edges = cuts(exactly(self.held, direction[None])[0], self.held_order, self.gaps)
                 self.runs.begin(self.blocks + span.life, self._take(kind), direction=direction, edges=edges)
         longest = CLASSIFIER_SPANS[-1].blocks

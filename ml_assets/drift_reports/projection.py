@@ -11,6 +11,8 @@ from ml_assets.drift_reports.ranks import Floats
 
 COMPONENTS = 48
 SURFACE = 5
+CONTRASTS = 8
+FEWEST_OF_A_KIND = 10
 Vectors = NDArray[np.float32]
 
 
@@ -68,6 +70,23 @@ class Projection:
     def of(cls, arrays: Mapping[str, NDArray[np.generic]]) -> "Projection":
         names = ("mean", "axes", "scale", "surface_mean", "surface_scale")
         return cls(*(arrays[name] for name in names))  # type: ignore[arg-type]
+
+
+def contrasts(rows: Vectors, kinds: Sequence[int]) -> Vectors:
+    """(r, d) orthonormal directions in which rows (n, d) of variance 1 differ by their kind (n,), at most
+    CONTRASTS and the clearest first (Fisher 1936, Rao 1948: the means of the kinds, here in features that are
+    whitened already); r = 0 where they do not differ by more than chance makes them."""
+    labels = np.asarray(kinds)
+    names, counts = np.unique(labels, return_counts=True)
+    names = names[counts >= FEWEST_OF_A_KIND]
+    if len(names) < 2:
+        return np.zeros((0, rows.shape[1]), np.float32)
+    centre = rows.mean(axis=0, dtype=float)
+    means = [np.sqrt(np.sum(labels == name)) * (rows[labels == name].mean(axis=0) - centre) for name in names]
+    _, singular, axes = np.linalg.svd(np.array(means, dtype=float), full_matrices=False)
+    # the largest singular value of so many rows of noise
+    clear = int(np.sum(singular > np.sqrt(rows.shape[1]) + np.sqrt(len(names))))
+    return axes[: min(clear, len(names) - 1, CONTRASTS)].astype(np.float32)
 
 
 def surface_of(texts: Sequence[str]) -> Floats:

@@ -28,7 +28,7 @@ from ml_assets.drift_reports.observe import (
     makes_sense,
     twin_of,
 )
-from ml_assets.drift_reports.projection import Projection, surface_of
+from ml_assets.drift_reports.projection import Projection, contrasts, surface_of
 from ml_assets.engine.examples import read_examples
 from ml_assets.engine.hosted import is_hosted
 from ml_assets.eval_reports.value import row_values
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from ml_assets.engine.loading import Base
 
 KIND = "drift_reference"
-VERSION = "2"
+VERSION = "3"
 """Raise when the same inputs would give another reference, or the same traffic other evidence."""
 MOST_ROWS = 8000
 """Rows of the dataset that are embedded."""
@@ -65,9 +65,9 @@ class Champion:
 @dataclass(frozen=True)
 class Reference:
     """`about` is JSON: digests, label rule, accuracy and value on the frozen rows. `arrays` hold what
-    detectors need (`held`, `frequencies`, `mmd_mean`, `tails`, `windows`, `projection.*`) and one number
-    for each frozen row (`label`, `length`, `malformed`, `refused`, `wrong`, `confidence`, NaN where it is
-    not known)."""
+    detectors need (`held`, `contrasts`, `frequencies`, `mmd_mean`, `tails`, `windows`, `projection.*`) and
+    one number for each frozen row (`label`, `length`, `malformed`, `refused`, `wrong`, `confidence`, NaN
+    where it is not known)."""
 
     ref: ArtifactRef
     about: dict[str, Any]
@@ -178,15 +178,15 @@ def _build(
     rule = LabelRule.of(spec, [render_target(prompt, row) for row in train])
     template = prompt["user"]
     rows = sorted([*train, *frozen], key=lambda row: row["_row"])
-    if any("_count" in row for row in rows):
-        texts = as_asked(
-            [content(template, render_messages(prompt, row)[-1]["content"]) for row in rows],
-            [int(row.get("_count", 1)) for row in rows],
-        )
-    else:
-        texts = [content(template, render_messages(prompt, row)[-1]["content"]) for row in rows[:MOST_ROWS]]
+    counted = any("_count" in row for row in rows)
+    rows = rows if counted else rows[:MOST_ROWS]
+    texts = [content(template, render_messages(prompt, row)[-1]["content"]) for row in rows]
+    if counted:
+        drawn = as_asked(texts, [int(row.get("_count", 1)) for row in rows])
+        rows, texts = [rows[i] for i in drawn], [texts[i] for i in drawn]
     texts = [text[:LONGEST] for text in texts]
-    arrays = input_arrays(embed_all(models.embed.kept, texts), texts) if texts else {}
+    kinds = [rule.rank(render_target(prompt, row)) for row in rows]
+    arrays = input_arrays(embed_all(models.embed.kept, texts), texts, kinds) if texts else {}
     lines = champion_lines(store, champion)
     arrays |= _answer_arrays(spec, rule, lines)
     arrays["confidence"] = np.full(len(lines), np.nan)
@@ -216,34 +216,36 @@ def _build(
     return about, arrays
 
 
-def as_asked(texts: Sequence[str], counts: Sequence[int]) -> list[str]:
-    """At most MOST_ROWS texts as the source's users asked them: each as often as the source has it, in an
-    order by chance that is always the same, without those that traffic would leave out, too."""
+def as_asked(texts: Sequence[str], counts: Sequence[int]) -> list[int]:
+    """The numbers of at most MOST_ROWS texts as the source's users asked them: each as often as the source
+    has it, in an order by chance that is always the same, without those that traffic would leave out, too."""
     drawn = np.random.default_rng(0).permutation(np.repeat(np.arange(len(texts)), counts))
     twins = [twin_of(text) for text in texts]
     lately, kept = Lately(), []
-    for number in drawn:
+    for number in map(int, drawn):
         if not lately.repeats(twins[number]):
-            kept.append(texts[number])
+            kept.append(number)
             if len(kept) == MOST_ROWS:
                 break
     return kept
 
 
-def input_arrays(embeddings: NDArray[np.float32], texts: Sequence[str]) -> Arrays:
+def input_arrays(embeddings: NDArray[np.float32], texts: Sequence[str], kinds: Sequence[int]) -> Arrays:
     """What the input detectors need, from the reference rows in an order that has nothing to do with them;
-    empty when there are too few."""
+    empty when there are too few. `kinds` are numbers of the right answers' labels."""
     fit = min(FIT_MOST, int(FIT_PART * len(texts)))
     if len(texts) - fit < FEWEST:
         return {}
     surface = surface_of(texts)
     projection = Projection.fit(embeddings[:fit], surface[:fit])
+    fitted = projection.apply(embeddings[:fit], surface[:fit])
     held = projection.apply(embeddings[fit:], surface[fit:])
-    kernel = Kernel.fit(projection.apply(embeddings[:fit], surface[:fit]), projection.weights)
+    kernel = Kernel.fit(fitted, projection.weights)
     features = kernel.features(held)
     tails = null_tails(features)
     return {
         "held": held,
+        "contrasts": contrasts(fitted, kinds[:fit]),
         "frequencies": kernel.frequencies,
         "mmd_mean": features.mean(axis=0, dtype=float),
         "windows": np.array(tails.windows, dtype=np.int64),

@@ -411,7 +411,12 @@ def input_detectors(arrays: Mapping[str, NDArray[np.generic]], days: float) -> d
     held: Any = arrays["held"]
     tails = Tails(tuple(int(w) for w in arrays["windows"]), arrays["tails"])  # type: ignore[arg-type]
     found: dict[str, Detector] = {
-        "inputs_classifier": ClassifierDetector(days, held, ranks.gaps_above(len(held)))
+        "inputs_classifier": ClassifierDetector(
+            days,
+            held,
+            ranks.gaps_above(len(held)),
+            arrays["contrasts"],  # type: ignore[arg-type]
+        )
     }
     if tails.windows:
         kernel = Kernel(arrays["frequencies"])  # type: ignore[arg-type]

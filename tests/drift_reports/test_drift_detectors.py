@@ -9,7 +9,7 @@ import pytest
 from ml_assets.drift_reports import ranks
 from ml_assets.drift_reports.detectors import BLOCK, ClassifierDetector, Detector, ScoreDetector
 from ml_assets.drift_reports.mmd import Kernel, MmdDetector, null_tails
-from ml_assets.drift_reports.projection import Projection
+from ml_assets.drift_reports.projection import Projection, contrasts
 
 D = 6
 
@@ -17,6 +17,11 @@ D = 6
 def classifier(random: np.random.Generator, days: float, n: int = 150) -> Detector:
     held = random.normal(size=(n, D)).astype(np.float32)
     return ClassifierDetector(days, held, ranks.gaps_above(n))
+
+
+def contrasted(random: np.random.Generator, days: float, n: int = 150) -> Detector:
+    held = random.normal(size=(n, D)).astype(np.float32)
+    return ClassifierDetector(days, held, ranks.gaps_above(n), np.eye(D, dtype=np.float32)[:2])
 
 
 def mmd(random: np.random.Generator, days: float, n: int = 150) -> Detector:
@@ -44,6 +49,7 @@ def mix(random: np.random.Generator, days: float, n: int = 150) -> Detector:
 SHARES = [0.5, 0.3, 0.15, 0.05]
 KINDS: dict[str, tuple[Callable[..., Detector], Callable[[np.random.Generator, float], np.ndarray]]] = {
     "classifier": (classifier, lambda r, shift: r.normal(size=(BLOCK, D)) + shift),
+    "contrasted": (contrasted, lambda r, shift: r.normal(size=(BLOCK, D)) + shift),
     "mmd": (mmd, lambda r, shift: r.normal(size=(BLOCK, D)) + shift),
     "share": (share, lambda r, shift: (r.random(BLOCK) < 0.1 + 0.3 * shift).astype(float)),
     "length": (length, lambda r, shift: np.round(r.gamma(2.0, 5.0 * (1 + shift), BLOCK))),
@@ -123,3 +129,44 @@ def test_all_equal_rows_are_no_difficulty() -> None:
     assert not detector.alarm and not other.alarm
     projection = Projection.fit(np.ones((30, 16), dtype=np.float32), np.ones((30, 5)))
     assert np.isfinite(projection.apply(np.full((2, 16), 1e6, np.float32), np.zeros((2, 5)))).all()
+
+
+def rows_of_kinds(random: np.random.Generator, shares: list[float], n: int) -> tuple[np.ndarray, list[int]]:
+    """Rows (n, 40) of kinds that differ in the first five numbers, and their kinds."""
+    kinds = random.choice(len(shares), n, p=shares)
+    centres = np.random.default_rng(9).normal(size=(len(shares), 40)) * (np.arange(40) < 5)
+    return random.normal(size=(n, 40)) + centres[kinds], [int(kind) for kind in kinds]
+
+
+def test_directions_in_which_kinds_differ() -> None:
+    random = np.random.default_rng(0)
+    rows, kinds = rows_of_kinds(random, [0.4, 0.3, 0.2, 0.1], 1000)
+    rows = ((rows - rows.mean(axis=0)) / rows.std(axis=0)).astype(np.float32)
+    found = contrasts(rows, kinds)
+    assert 1 <= len(found) <= 3
+    assert np.allclose(found @ found.T, np.eye(len(found)), atol=1e-5)
+    assert (found[:, :5] ** 2).sum() > 0.8 * len(found)  # by chance 0.125
+    assert contrasts(rows, [int(kind) for kind in random.permutation(kinds)]).shape == (0, 40)
+    assert contrasts(rows, [0] * 1000).shape == contrasts(rows[:9], kinds[:9]).shape == (0, 40)
+
+
+def test_a_changed_mix_of_kinds_is_found_sooner_where_they_are_known() -> None:
+    before, after = [0.4, 0.3, 0.2, 0.1], [0.36, 0.27, 0.18, 0.19]
+    found: dict[bool, list[float]] = {True: [], False: []}
+    for seed in range(12):
+        random = np.random.default_rng(seed)
+        known, kinds = rows_of_kinds(random, before, 6000)
+        asked = np.concatenate(
+            [rows_of_kinds(random, before, 1000)[0], rows_of_kinds(random, after, 4000)[0]]
+        )
+        mean, scale = known[:2000].mean(axis=0), known[:2000].std(axis=0)
+        known, asked = (((rows - mean) / scale).astype(np.float32) for rows in (known, asked))
+        for told in found:
+            directions = contrasts(known[:2000], kinds[:2000]) if told else None
+            detector = ClassifierDetector(365.0, known[2000:], ranks.gaps_above(4000), directions)
+            for number, block in enumerate(asked.reshape(-1, BLOCK, 40)):
+                feed(detector, block, number, day=1 + number // 50)
+            found[told].append(detector.alarmed_at or math.inf)
+    assert all(at > 1000 for at in found[True])
+    assert np.median(found[True]) < np.median(found[False])
+    assert np.median(found[True]) <= 4000
