@@ -90,7 +90,8 @@ class Run:
         adapters = {CHAMPION: champion}
         for name, replay in ((UPDATE, policy.replay), (NO_REPLAY, 0.0)):
             slow = replace(inputs, spec=update_recipe(self.spec))
-            update = plan_update(slow, self.store, champion.ref, replay, policy.update_layers)
+            shape = policy.update_layers, policy.update_weight
+            update = plan_update(slow, self.store, champion.ref, replay, *shape)
             adapters[name] = self._train(name, update)
         adapters[RETRAIN] = self._train(RETRAIN, inputs)
         return self._answers(adapters, before, after)
@@ -184,7 +185,8 @@ def report(run: Run, found: Mapping[str, Any]) -> None:
         table(
             f"Incremental updates: {run.counts['old']} rows of {OLD} (en), then {run.counts['new']} of {NEW} "
             f"(en, de); {policy.replay:.0%} replay, {policy.update_epochs:g} epochs, learning rate × "
-            f"{policy.update_rate:g}, last {policy.update_layers:.0%} of the layers; "
+            f"{policy.update_rate:g}, last {policy.update_layers:.0%} of the layers, weight "
+            f"{policy.update_weight:g}; "
             f"{counts['old']} old and {counts['new']} new evaluation rows",
             ["variant", "rows", "seconds", "saved", "old rows", "change", "new rows", "change"],
             lines,

@@ -664,6 +664,12 @@ class MaintenanceSpec(Block):
         le=1,
         description="share of the layers, from the last, whose weights an incremental update changes",
     )
+    update_weight: float = Field(
+        default=0.9,
+        gt=0,
+        le=1,
+        description="share of the trained weights in an update; the rest are the champion's",
+    )
     update_rate: float = Field(
         default=0.5,
         gt=0,

@@ -140,7 +140,14 @@ def build_adapter_asset(spec: CustomizationSpec, root: Path) -> dg.AssetsDefinit
                         raise NoUpdate(f"{spec.name} has no champion to update: train from scratch")
                     inputs = replace(inputs, spec=update_recipe(spec))
                     policy = spec.maintenance
-                    inputs = plan_update(inputs, store, serving.adapter, policy.replay, policy.update_layers)
+                    inputs = plan_update(
+                        inputs,
+                        store,
+                        serving.adapter,
+                        policy.replay,
+                        policy.update_layers,
+                        policy.update_weight,
+                    )
                     update = inputs.update
                     assert update is not None
                     again = f", {len(update.drilled)} failures again" if update.drilled else ""

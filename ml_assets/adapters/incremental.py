@@ -42,6 +42,7 @@ class Update:
     generation: int
     replay: float
     layers: float
+    weight: float
     new: Sequence[Row]
     replayed: Sequence[Row]
     drilled: Sequence[Row] = ()
@@ -57,6 +58,7 @@ class Update:
             "parent": self.parent.digest,
             "replay": self.replay,
             "layers": self.layers,
+            "weight": self.weight,
             "version": UPDATE_VERSION,
         }
 
@@ -67,12 +69,14 @@ def plan_update(
     parent: ArtifactRef,
     replay: float,
     layers: float,
+    weight: float = 1.0,
 ) -> AdapterInputs:
     """Inputs of an update of `parent` to the dataset of `inputs`: its training rows that the parent was not
     trained on, a share `replay` of those that it was (`sample_old`), and again those that failed in
     production, which the gate holds it to. Of the layers only a share, from the last, changes: less is
-    forgotten, and a pass is cheaper (Lee et al. 2019, arXiv 1911.03090). The recipe is taken as it is: see
-    `update_recipe`.
+    forgotten, and a pass is cheaper (Lee et al. 2019, arXiv 1911.03090). What is given is a mean of the
+    champion's weights and of the trained ones, which have this `weight` (Wortsman et al. 2022, arXiv
+    2109.01903). The recipe is taken as it is: see `update_recipe`.
 
     Raises NoUpdate: the parent sits on another base or was trained with another prompt or LoRA shape, or the
     dataset holds no row that is new to it. ArtifactError: an artifact is damaged.
@@ -97,7 +101,7 @@ def plan_update(
     generation = (manifest.get("update") or {}).get("generation", 0) + 1
     spec = spec.model_copy(update={"adapter": spec.adapter.model_copy(update={"kind": recipe.kind})})
     again = drilled(rows, inputs.must_pass)
-    update = Update(parent, directory, generation, replay, layers, new, replayed, again)
+    update = Update(parent, directory, generation, replay, layers, weight, new, replayed, again)
     return replace(inputs, spec=spec, update=update)
 
 

@@ -90,6 +90,7 @@ def build_manifest(
             "generation": update.generation,
             "replay": update.replay,
             "layers": update.layers,
+            "weight": update.weight,
             "new_rows": len(update.new),
             "replayed_rows": len(update.replayed),
         }

@@ -42,7 +42,8 @@ def reproduce_inputs(
     if manifest.get("update"):
         parent = ArtifactRef("adapter", manifest["parent"])
         update = manifest["update"]
-        inputs = plan_update(inputs, store, parent, update["replay"], update.get("layers", 1.0))
+        layers, weight = update.get("layers", 1.0), update.get("weight", 1.0)
+        inputs = plan_update(inputs, store, parent, update["replay"], layers, weight)
     if manifest.get("port"):
         inputs = replace(inputs, port=Port.from_manifest(manifest))
     return inputs, manifest

@@ -162,6 +162,7 @@ def train_adapter(
                 prompt_cache=home / "prompt_cache" if reuse else scratch,
                 start=prepared.start,
                 last_layers=inputs.update.layers if inputs.update else 1.0,
+                weight=inputs.update.weight if inputs.update else 1.0,
                 stopping=prepared.stopping,
                 on_progress=on_progress,
             )

@@ -140,6 +140,7 @@ def train_lora(
     prompt_cache: Path | None = None,
     start: Path | None = None,
     last_layers: float = 1.0,
+    weight: float = 1.0,
     stopping: Stopping | None = None,
     on_progress: Callable[[Progress], None] | None = None,
 ) -> TrainResult:
@@ -156,6 +157,8 @@ def train_lora(
         start: folder of an adapter of the same shape whose weights this training goes on from.
         last_layers: share of the layers, from the last, whose weights are trained; those of the others stay
             as they are, and no gradient is computed for them.
+        weight: of the trained weights in the mean of these and of those that the training began with, which
+            it gives (WiSE-FT, Wortsman et al. 2022, arXiv 2109.01903).
         stopping: end early, with the weights that are best on examples that are not trained on.
 
     Raises:
@@ -176,9 +179,12 @@ def train_lora(
         with _Crew(base, adapter, recipe, prompts, last_layers) as crew:
             identity = _training_identity(base, examples, recipe, crew.workers, start, last_layers, stopping)
             judge = _Judge(crew, stopping) if stopping else None
+            began = crew.weights.master.detach().clone()
             result = _run(
                 base, examples, recipe, crew, identity, checkpoints, checkpoint_seconds, on_progress, judge
             )
+            if weight != 1:
+                crew.weights.load(torch.lerp(began, crew.weights.master.detach(), weight))
         save_adapter(base, adapter, targets, output)
     return result
 

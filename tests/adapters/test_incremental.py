@@ -55,6 +55,7 @@ def test_it_trains_on_new_rows_and_a_share_of_the_old(
     assert planned.key != grown.key
     assert planned.key != plan_update(grown, store, champion.ref, 0.0, 0.5).key
     assert planned.key != plan_update(grown, store, champion.ref, 0.25, 1.0).key
+    assert planned.key != plan_update(grown, store, champion.ref, 0.25, 0.5, 0.9).key
 
 
 def test_what_failed_in_production_is_seen_more_often_and_so_reproduced(
@@ -97,7 +98,7 @@ def test_it_starts_where_the_champion_is_and_can_be_reproduced(
     evergreen_home: Path, store: ArtifactStore, base_model: ArtifactRef, champion: TrainedAdapter
 ) -> None:
     grown = inputs_on(store, base_model, 60)
-    planned = plan_update(grown, store, champion.ref, 0.25, 0.5)
+    planned = plan_update(grown, store, champion.ref, 0.25, 0.5, 0.9)
     updated = train_adapter(planned, store, evergreen_home)
     scratch = train_adapter(grown, store, evergreen_home)
     assert updated.record["losses"][0] < scratch.record["losses"][0] - 0.3
@@ -108,6 +109,7 @@ def test_it_starts_where_the_champion_is_and_can_be_reproduced(
         "generation": 1,
         "replay": 0.25,
         "layers": 0.5,
+        "weight": 0.9,
         "new_rows": 16,
         "replayed_rows": 8,
     }

@@ -229,6 +229,20 @@ def test_only_the_last_layers_change(architecture: str, cores: int, tmp_path: Pa
     assert changed == {1.0: {0, 1}, 0.5: {1}, 0.01: {1}}  # of two layers
 
 
+def test_a_part_of_the_way_from_where_it_began(tmp_path: Path) -> None:
+    base = tiny_base("llama", tmp_path / "base")
+    rows, plan, start = examples(base, 24), recipe(steps=3), tmp_path / "start"
+    train_lora(base, rows, plan, targets(base), start)
+    for weight in (1.0, 0.75):
+        train_lora(base, rows, plan, targets(base), tmp_path / str(weight), start=start, weight=weight)
+    before, whole, part = (
+        load_file(tmp_path / name / "adapter_model.safetensors") for name in ("start", "1.0", "0.75")
+    )
+    for name, tensor in part.items():
+        assert not torch.equal(tensor, whole[name])
+        torch.testing.assert_close(tensor, 0.25 * before[name] + 0.75 * whole[name])
+
+
 def without_dropout(base: Base) -> Base:
     base.model.apply(lambda module: setattr(module, "p", 0) if isinstance(module, torch.nn.Dropout) else None)
     base.model.config.attention_dropout = 0.0
