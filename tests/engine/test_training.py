@@ -287,6 +287,17 @@ def test_layers_that_are_not_trained_are_computed_once(
     assert whole.losses == train_lora(base, examples(base), recipe(kind=kind), targets(base), tmp_path).losses
 
 
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_kept_states_go_with_gradient_checkpoints(
+    architecture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = without_dropout(tiny_base(architecture, tmp_path / "base"))
+    monkeypatch.setattr(training, "MICRO_BATCH_TOKENS", 20)  # every example is longer
+    (kept, anew), counts = update_twice(base, tmp_path, monkeypatch)
+    assert counts[1] > 2 * counts[0]
+    assert kept.losses == pytest.approx(anew.losses, abs=1e-5)
+
+
 def test_layers_that_hand_on_more_than_hidden_states_are_computed_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
