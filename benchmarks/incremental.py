@@ -39,20 +39,29 @@ def main() -> None:
     arguments.add_argument("--rows", type=int, help="of the old release; default 2500, with --quick 800")
     arguments.add_argument("--new-rows", type=int, help="of the new release; default a tenth of --rows")
     arguments.add_argument("--held-out", type=int, default=150, help="more rows of the new release to judge")
+    arguments.add_argument(
+        "--held-out-old",
+        type=int,
+        help="more rows of the old release to judge; default 600, with --quick 150",
+    )
     arguments.add_argument("--seed", type=int, default=0, help="of the rows and of the trainings")
     given = arguments.parse_args()
     chosen = options(given)
     rows = given.rows or (800 if chosen.quick else 2500)
+    old = (150 if chosen.quick else 600) if given.held_out_old is None else given.held_out_old
+    held = {"old": old, "new": given.held_out}
     base = cached_base(chosen.cache)
     with tempfile.TemporaryDirectory(dir=chosen.cache) as folder:
-        run = Run(Path(folder), base, rows, given.new_rows or rows // 10, given.held_out, given.seed)
+        run = Run(Path(folder), base, rows, given.new_rows or rows // 10, held, given.seed)
         report(run, run.measure())
 
 
 class Run:
     """The champion, its successors and what they answer."""
 
-    def __init__(self, folder: Path, base: Path, rows: int, new_rows: int, held_out: int, seed: int):
+    def __init__(
+        self, folder: Path, base: Path, rows: int, new_rows: int, held_out: Mapping[str, int], seed: int
+    ):
         self.folder, self.base, self.seed, self.held_out = folder, base, seed, held_out
         self.counts = {"old": rows, "new": new_rows}
         self.settings = replace(Settings.from_env(), home=folder)
@@ -78,11 +87,14 @@ class Run:
 
     def measure(self) -> dict[str, Any]:
         """Train, in turn: the champion, the update, the update without replay, the retrain. Then evaluate."""
-        old = utterances(OLD, self.counts["old"], self.seed, languages=["en"])
+        held, counts = self.held_out, self.counts
+        said = utterances(OLD, counts["old"] + held["old"] + counts["new"], self.seed, languages=["en"])
         languages = {"en": 0.5, "de": 0.5}
-        found = utterances(NEW, self.counts["new"] + 2 * self.held_out, self.seed + 1, languages=languages)
-        new = found[: self.counts["new"]]
-        self.judged = unknown(found[self.counts["new"] :], old, self.held_out)
+        found = utterances(NEW, counts["new"] + 2 * held["new"], self.seed + 1, languages=languages)
+        old, new = said[: counts["old"]], found[: counts["new"]]
+        judged_old = unknown(said[counts["old"] :], new, held["old"])
+        judged_new = unknown(found[counts["new"] :], [*old, *judged_old], held["new"])
+        self.judged = [*_named("old", judged_old), *_named("new", judged_new)]
         before, after = self.dataset(old), self.dataset([*old, *new])
         champion_inputs, inputs = self._inputs(before), self._inputs(after)
         champion = self._train(CHAMPION, champion_inputs)
@@ -114,20 +126,23 @@ class Run:
         self, adapters: Mapping[str, TrainedAdapter], before: BuiltDataset, after: BuiltDataset
     ) -> dict[str, Any]:
         """{variant: {"old"|"changed"|"new": {row: score}}} by the deciding metric, on the evaluation rows
-        that the champion's dataset had and on those that came later. *changed* are those of the former that
-        the later release gives another call: an update is to answer them otherwise."""
+        that the champion's dataset had and on those that came later, and on the rows of both releases that
+        nobody trains on. *changed* are old ones that the later release gives another call: an update is to
+        answer them otherwise."""
         from ml_assets.engine import hardware
         from ml_assets.engine.loading import load_base
         from ml_assets.eval_reports.runner import Arm, evaluate
 
-        held = [row | {"_row": f"held-out {i:04}"} for i, row in enumerate(self.judged)]
-        known = load_rows(self.store.open(before.ref), "evaluation")
+        known = [
+            *load_rows(self.store.open(before.ref), "evaluation"),
+            *(row for row in self.judged if row["_row"].startswith("old")),
+        ]
         ages = {
             row["_row"]: "changed" if same is False else "old"
             for row, same in zip(known, same_call(known, NEW), strict=True)
         }
         directory = self.store.open(after.ref)
-        rows: list[Any] = [*load_rows(directory, "evaluation"), *held]
+        rows: list[Any] = [*load_rows(directory, "evaluation"), *self.judged]
         train = load_rows(directory, "train")
         base = load_base(self.base, hardware.compute_dtype(self.settings.home))
         metric = str(self.spec.evaluation.resolved_metrics()[0])
@@ -145,6 +160,10 @@ class Run:
         return found
 
 
+def _named(age: str, rows: Sequence[dict[str, str]]) -> list[dict[str, str]]:
+    return [row | {"_row": f"{age} held-out {i:04}"} for i, row in enumerate(rows)]
+
+
 def unknown(
     rows: Sequence[dict[str, str]], known: Sequence[Mapping[str, str]], count: int
 ) -> list[dict[str, str]]:
@@ -152,7 +171,7 @@ def unknown(
     seen = {row["utterance"].casefold() for row in known}
     found = [row for row in rows if row["utterance"].casefold() not in seen]
     if len(found) < count:
-        raise Unavailable(f"{count} rows that are not in {OLD} asked for, but there are {len(found)}")
+        raise Unavailable(f"{count} rows that nobody trains on asked for, but there are {len(found)}")
     return found[:count]
 
 
@@ -187,7 +206,7 @@ def report(run: Run, found: Mapping[str, Any]) -> None:
             f"(en, de); {policy.replay:.0%} replay, {policy.update_epochs:g} epochs, learning rate × "
             f"{policy.update_rate:g}, last {policy.update_layers:.0%} of the layers, weight "
             f"{policy.update_weight:g}; "
-            f"{counts['old']} old and {counts['new']} new evaluation rows",
+            f"judged on {counts['old']} old and {counts['new']} new rows",
             ["variant", "rows", "seconds", "saved", "old rows", "change", "new rows", "change"],
             lines,
         )
