@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 import dagster as dg
@@ -511,6 +512,21 @@ def test_a_column_that_comes_later_is_no_mistake(project: Project, case: str) ->
     project.write("colours", text.replace("{text}", "{txt}"))
     with pytest.raises(SpecError, match=r"prompt\.user: column 'txt' is not in the source; it has: text"):
         project.definitions()
+
+
+def test_durations_become_freshness_policies(project: Project) -> None:
+    project.write("other", COLOURS_YAML.replace("colours", "other"), colour_rows(30))
+    fresh = COLOURS_YAML.replace(
+        "  evaluation:", "  freshness: {dataset: 36h, endpoint: 7d}\n  evaluation:", 1
+    )
+    project.write("colours", fresh)
+    graph = project.definitions().resolve_asset_graph()
+    policies = {key.to_user_string(): graph.get(key).freshness_policy for key in graph.get_all_asset_keys()}
+    found = {key: policy for key, policy in policies.items() if policy is not None}
+    assert found == {
+        "colours/dataset": dg.FreshnessPolicy.time_window(fail_window=timedelta(hours=36)),
+        "colours/endpoint": dg.FreshnessPolicy.time_window(fail_window=timedelta(days=7)),
+    }
 
 
 def test_a_run_does_not_look_at_the_data_of_others(project: Project) -> None:
