@@ -162,7 +162,7 @@ class WorkerProcessLauncher(RunLauncher, ConfigurableClass):
             self._instance.report_run_canceled(run, message="The process of the run is gone.")
             return True
         kill_group(run.tags, signal.SIGTERM)
-        threading.Thread(target=self._kill_later, args=(run.tags,), daemon=True).start()
+        threading.Thread(target=self._kill_later, args=(run,), daemon=True).start()
         return True
 
     def _say_whether_it_is_retried(self, run: DagsterRun) -> None:
@@ -173,10 +173,11 @@ class WorkerProcessLauncher(RunLauncher, ConfigurableClass):
             again = auto_reexecution_should_retry_run(self._instance, failed, RunFailureReason.UNKNOWN)
             self._instance.add_run_tags(run.run_id, {WILL_RETRY_TAG: str(again).lower()})
 
-    @staticmethod
-    def _kill_later(tags: Mapping[str, str]) -> None:
+    def _kill_later(self, run: DagsterRun) -> None:
         time.sleep(GRACE_SECONDS)
-        kill_group(tags)
+        if is_alive(run.tags):
+            kill_group(run.tags)
+            record_lost_costs(self._instance, run)
 
     @property
     def supports_check_run_worker_health(self) -> bool:

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from dagster._core.code_pointer import ModuleCodePointer
 from dagster._core.launcher.base import LaunchRunContext, WorkerStatus
 from dagster._core.origin import JobPythonOrigin, RepositoryPythonOrigin
 
+from ml_assets.cli import launcher
 from ml_assets.cli.launcher import (
     BOOT_ID,
     PID,
@@ -32,6 +33,7 @@ from ml_assets.cli.launcher import (
 from ml_assets.cli.recovery import recover
 from ml_assets.decisions.book import DecisionBook
 from ml_assets.decisions.meter import metered
+from ml_assets.decisions.records import Cost
 from ml_assets.decisions.tags import CUSTOMIZATION_TAG, DECISION_TAG, run_cost
 from ml_assets.endpoints.ledger import Ledger
 from ml_assets.settings import RUN_ASSETS_VARIABLE, Settings
@@ -181,15 +183,36 @@ def open_book() -> Iterator[DecisionBook]:
         yield DecisionBook(ledger)
 
 
-def run_and_be_killed(home: Path, killed_in: str, mode: str, port: bool) -> None:
+def costs() -> list[Cost]:
+    with open_book() as book:
+        return book.costs("home")
+
+
+def messages(instance: dg.DagsterInstance) -> list[str]:
+    return [event.user_message for run in instance.get_runs() for event in instance.all_logs(run.run_id)]
+
+
+def eventually(holds: Callable[[], bool], seconds: float = 30) -> None:
+    end = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def run_and_be_killed(home: Path, killed_in: str, mode: str, port: bool, deaf: bool = False) -> None:
     """A run of an adapter and its report, for a process of its own. The adapter is metered, as a port or a
-    training, and the process ends in a step, after that."""
+    training, and the process ends in a step, after that; a deaf one waits there for who kills it."""
+    os.setsid()
 
     def work(context: dg.AssetExecutionContext, what: str) -> None:
         context.log.info("step 1/9")
         time.sleep(0.1)
         if what == killed_in:
+            if deaf:
+                signal.signal(signal.SIGTERM, signal.SIG_IGN)
             context.log.info("step 5/9")
+            if deaf:
+                time.sleep(60)
             os.kill(os.getpid(), signal.SIGKILL)
 
     partitions = dg.StaticPartitionsDefinition([PARTITION])
@@ -240,11 +263,9 @@ def killed(tmp_path, monkeypatch):
 def test_what_a_killed_training_took_is_recorded_once(killed, mode):
     instance, run = killed("adapter", mode, False)
     assert instance.run_launcher.check_run_worker_health(run).status == WorkerStatus.FAILED
-    with open_book() as book:
-        (cost,) = book.costs("home")
+    (cost,) = costs()
     assert [found.run_id for found in recover(instance)] == [run.run_id]
-    with open_book() as book:
-        assert book.costs("home") == [cost]
+    assert costs() == [cost]
     assert cost.kind == ("training" if mode == "auto" else mode)
     assert (cost.partition, cost.run_id, cost.decision_id) == (PARTITION, run.run_id, "decision-1")
     assert 0.1 <= cost.device_seconds < 5 and cost.money == pytest.approx(2 * cost.device_seconds)
@@ -254,8 +275,7 @@ def test_what_a_killed_training_took_is_recorded_once(killed, mode):
 def test_of_a_killed_run_only_what_had_not_ended_is_added(killed):
     instance, _ = killed("eval_report", "auto", False)
     recover(instance)
-    with open_book() as book:
-        evaluation, training = book.costs("home")
+    evaluation, training = costs()
     assert (training.kind, training.device_seconds, training.rows) == ("training", 7.0, 70)
     assert evaluation.kind == "evaluation" and 0.1 <= evaluation.device_seconds < 5
 
@@ -263,9 +283,27 @@ def test_of_a_killed_run_only_what_had_not_ended_is_added(killed):
 def test_what_was_metered_before_the_kill_is_not_counted_again(killed):
     instance, _ = killed("adapter", "auto", True)
     recover(instance)
-    with open_book() as book:
-        (cost,) = book.costs("home")
+    (cost,) = costs()
     assert (cost.kind, cost.device_seconds) == ("port", 7.0)
+
+
+def test_what_a_canceled_training_took_that_had_to_be_killed(killed, tmp_path, monkeypatch):
+    monkeypatch.setattr(launcher, "GRACE_SECONDS", 0.5)
+    process = multiprocessing.get_context("fork").Process(
+        target=run_and_be_killed, args=(tmp_path, "adapter", "auto", False, True)
+    )
+    process.start()
+    with dg.DagsterInstance.from_config(str(tmp_path)) as instance:
+        eventually(lambda: any("step 5/9" in said for said in messages(instance)))
+        (run,) = instance.get_runs()
+        assert instance.run_launcher.terminate(run.run_id)
+        process.join(30)
+        assert process.exitcode == -signal.SIGKILL
+        eventually(lambda: len(costs()) == 1)
+        (cost,) = costs()
+        assert (cost.kind, cost.run_id) == ("training", run.run_id) and 0.1 <= cost.device_seconds < 5
+        recover(instance)
+        assert costs() == [cost]
 
 
 def test_a_cost_that_can_not_be_recorded_stops_nothing(killed, tmp_path, monkeypatch, caplog):
