@@ -231,13 +231,17 @@ def describe(decision: Decision, history: list[History], dagster_url: str) -> di
 
 
 def _line(history: History) -> dict[str, str]:
+    """Few columns: a table that is wider than the page has all other texts of the page cut off."""
     decision, end = history.decision, history.end
+    became = [history.state.replace("_", " ")]
+    if history.verdict:
+        became.append(f"gate: {history.verdict}")
+    if end and end.run_id:
+        became.append(f"run {end.run_id[:8]}")
     return {
         "at": decision.at[:19].replace("T", " "),
         "action": decision.action,
-        "state": history.state,
-        "gate": history.verdict or "",
-        "run": end.run_id[:8] if end else "",
+        "what became of it": ", ".join(became),
         "reason": decision.reason,
     }
 

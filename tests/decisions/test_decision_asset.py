@@ -138,13 +138,23 @@ def test_a_confirmed_loss_is_shown_with_its_action_and_why_not_the_others(home: 
     assert not any(e.severity == dg.AssetCheckSeverity.ERROR for e in result.get_asset_check_evaluations())
 
 
+def became(metadata: dict[str, Any]) -> dict[str, str]:
+    """{action: what became of its newest decision}"""
+    lines = [record.data for record in reversed(metadata["history"].records)]
+    return {line["action"]: line["what became of it"] for line in lines}
+
+
 def test_the_same_look_decides_once(home: Home) -> None:
     first = shown(home.materialize(make_findings()))
     again = shown(home.materialize(make_findings()))
     assert first["run_key"] == again["run_key"] and len(home.book.latest("home", 5)) == 1
     later = shown(home.materialize(make_findings(to_seq=400)))
     assert later["action"] == "watch", "an action is under way"
-    assert [record.data["action"] for record in later["history"].records] == ["watch", "incremental_update"]
+    assert became(later) == {"watch": "no action", "incremental_update": "to do"}
+    update = home.book.latest("home", 5)[1].decision
+    home.book.step(update.id, "succeeded", "it serves", "run-1234-56")
+    last = shown(home.materialize(make_findings(to_seq=500)))
+    assert became(last)["incremental_update"] == "succeeded, run run-1234"
 
 
 def test_labels_that_came_without_a_request_are_new_evidence(home: Home) -> None:
