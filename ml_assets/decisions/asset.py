@@ -240,8 +240,7 @@ def _line(history: History) -> dict[str, str]:
         became.append(f"run {end.run_id[:8]}")
     return {
         "at": decision.at[:19].replace("T", " "),
-        "action": decision.action,
-        "what became of it": ", ".join(became),
+        "action": f"{decision.action}: {', '.join(became)}",
         "reason": decision.reason,
     }
 

@@ -140,8 +140,8 @@ def test_a_confirmed_loss_is_shown_with_its_action_and_why_not_the_others(home: 
 
 def became(metadata: dict[str, Any]) -> dict[str, str]:
     """{action: what became of its newest decision}"""
-    lines = [record.data for record in reversed(metadata["history"].records)]
-    return {line["action"]: line["what became of it"] for line in lines}
+    lines = [record.data["action"] for record in reversed(metadata["history"].records)]
+    return dict(line.split(": ", 1) for line in lines)
 
 
 def test_the_same_look_decides_once(home: Home) -> None:
