@@ -259,10 +259,11 @@ def _metadata(built: BuiltReport) -> dict[str, dg.MetadataValue]:
     if summary["transfer"]:
         metadata["transfer"] = dg.MetadataValue.table(
             [
+                # a summary that was read has its names in the order of the alphabet
                 dg.TableRecord(
                     {
                         name: round(part[name], 4) if isinstance(part[name], float) else part[name]
-                        for name in part
+                        for name in ("rows_are", "segment", "before", "after", "change", "rows")
                     }
                 )
                 for part in summary["transfer"]

@@ -506,5 +506,9 @@ def test_asset_records_everything_and_repeats_nothing(
     assert not checks["gate"].passed
     assert checks["gate"].severity == dg.AssetCheckSeverity.ERROR
     assert "champion" in (checks["gate"].description or "")
+    table = third.asset_materializations_for_node("switches__eval_report")[0].metadata["transfer"]
+    assert isinstance(table, dg.TableMetadataValue)
+    assert list(table.records[0].data) == ["rows_are", "segment", "before", "after", "change", "rows"]
+    assert table.records[0].data["segment"] == "all" and table.records[0].data["change"] < 0
     challenger = tracking.get_alias("switches", "challenger")
     assert challenger is not None and challenger.version == version.version
